@@ -1,0 +1,40 @@
+"""hf_robustq: train any Hugging Face or timm model so that one checkpoint survives any quantizer."""
+
+from hf_robustq.config import QuantizerConfig, RegularizerConfig, RobustQConfig
+from hf_robustq.grid import Grid
+from hf_robustq.plugin import RobustQ
+from hf_robustq.quantizers import QUANTIZERS, Fixed, Quantizer
+from hf_robustq.regularizers import KURE, REGULARIZERS, Regularizer
+from hf_robustq.scales import SCALE_RULES, Sample
+from hf_robustq.sites import Site, find_sites
+from hf_robustq.sweep import Row, Setting, Sweep, robustness, sweep
+from hf_robustq.trainer import BitWidthSweepCallback, RobustQCallback, RobustQMixin, RobustTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KURE",
+    "QUANTIZERS",
+    "REGULARIZERS",
+    "SCALE_RULES",
+    "BitWidthSweepCallback",
+    "Fixed",
+    "Grid",
+    "Quantizer",
+    "QuantizerConfig",
+    "RegularizerConfig",
+    "Regularizer",
+    "RobustQ",
+    "RobustQCallback",
+    "RobustQConfig",
+    "RobustQMixin",
+    "RobustTrainer",
+    "Row",
+    "Sample",
+    "Setting",
+    "Site",
+    "Sweep",
+    "find_sites",
+    "robustness",
+    "sweep",
+]

@@ -1,0 +1,163 @@
+"""Configuration: frozen dataclasses, to and from dict, YAML and JSON. Unknown keys are errors."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+
+from hf_robustq.grid import check_bits
+from hf_robustq.quantizers import QUANTIZERS
+from hf_robustq.regularizers import REGULARIZERS
+from hf_robustq.scales import SCALE_RULES
+from hf_robustq.schedules import SCHEDULES
+
+
+def check_known(keys: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise `ValueError` for the first key that is not known, naming the nearest one that is."""
+    known = list(known)
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"unknown {what} {key!r}: {hint}")
+
+
+def option_names(method: type) -> list[str]:
+    """The options a method's constructor takes, besides the grid it is given."""
+    return [name for name in inspect.signature(method).parameters if name not in ("grid", "channels")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerConfig:
+    """How a tensor is quantized in training.
+
+    method       a name of `QUANTIZERS`
+    bits         storage bits, sign included, 2 to 16
+    per_channel  one step per output channel (weights only)
+    narrow       2^b - 1 symmetric levels instead of 2^b; default: weights yes, activations no
+    scale        a name of `SCALE_RULES`: how calibration sets the step
+    options      what the method's own constructor takes
+    """
+
+    bits: int
+    method: str = "fixed"
+    per_channel: bool = False
+    narrow: bool | None = None
+    scale: str = "mse"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        check_known([self.method], QUANTIZERS, "quantizer")
+        check_known([self.scale], SCALE_RULES, "scale rule")
+        check_known(self.options, option_names(QUANTIZERS[self.method]), f"option of {self.method}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegularizerConfig:
+    """How a weight is regularized: `strength` (lambda) times a schedule of `SCHEDULES`, averaged over the weights."""
+
+    method: str
+    strength: float = 1.0
+    schedule: str = "constant"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_known([self.method], REGULARIZERS, "regularizer")
+        check_known([self.schedule], SCHEDULES, "schedule")
+        check_known(self.options, option_names(REGULARIZERS[self.method]), f"option of {self.method}")
+        if not self.strength >= 0:
+            raise ValueError(f"{self.method}: strength must be 0 or more, got {self.strength!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobustQConfig:
+    """What `RobustQ` does to a model.
+
+    regularizers         penalties on the weights, in order
+    weights              quantizer of the weights in training; None: they train in float
+    activations          quantizer of the inputs of the same layers; None: float
+    include, exclude     fnmatch patterns of parameter names
+    weights_only         fnmatch patterns of weights whose layer's input stays float
+    first_last           first and last layer: "float" (not touched), 8 (quantized to 8 bits, not regularized),
+                         or "same" (like every other layer)
+    embeddings           stage embedding tables too
+    calibration_samples  training samples that set activation steps
+    seed                 of everything random in the plugin
+    """
+
+    regularizers: tuple[RegularizerConfig, ...] = ()
+    weights: QuantizerConfig | None = None
+    activations: QuantizerConfig | None = None
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    weights_only: tuple[str, ...] = ()
+    first_last: Literal["float", 8, "same"] = "float"
+    embeddings: bool = False
+    calibration_samples: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.first_last not in ("float", 8, "same"):
+            raise ValueError(f"first_last must be 'float', 8 or 'same', got {self.first_last!r}")
+        if self.calibration_samples < 1:
+            raise ValueError(f"calibration_samples must be at least 1, got {self.calibration_samples!r}")
+        if self.activations is not None and self.activations.per_channel:
+            raise ValueError("activations are quantized per tensor: remove per_channel from activations")
+        names = [regularizer.method for regularizer in self.regularizers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"a regularizer is listed twice: {', '.join(names)}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The config that `to_dict` wrote; regularizers may also be `{"kure": {"strength": 1.0, "target": 1.8}}`."""
+        check_known(values, [f.name for f in fields(cls)], "config key")
+        given = dict(values)
+        regularizers = given.get("regularizers", ())
+        if isinstance(regularizers, Mapping):
+            regularizers = [{"method": name, **(options or {})} for name, options in regularizers.items()]
+        if "regularizers" in given:
+            given["regularizers"] = tuple(_nested(RegularizerConfig, one) for one in regularizers)
+        for name in ("weights", "activations"):
+            if given.get(name) is not None:
+                given[name] = _nested(QuantizerConfig, given[name])
+        for name in ("include", "exclude", "weights_only"):
+            if name in given:
+                given[name] = (given[name],) if isinstance(given[name], str) else tuple(given[name])
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars, as JSON and YAML hold them."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """Read a `.yaml`, `.yml` or `.json` file."""
+        path = Path(path)
+        if path.suffix not in (".yaml", ".yml", ".json"):
+            raise ValueError(f"{path}: a config is a .yaml, .yml or .json file")
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
+        if not isinstance(values, dict):
+            raise ValueError(f"{path}: expected a mapping of config keys")
+        return cls.from_dict(values)
+
+
+def _nested(cls: type[Any], values: Any) -> Any:
+    """One nested config; keys that are no field are the method's own options."""
+    if isinstance(values, cls):
+        return values
+    own = {f.name for f in fields(cls)}
+    given = {key: value for key, value in values.items() if key in own}
+    options = {**given.get("options", {}), **{key: value for key, value in values.items() if key not in own}}
+    table = QUANTIZERS if cls is QuantizerConfig else REGULARIZERS
+    method = given.get("method", "fixed" if cls is QuantizerConfig else None)
+    if method in table:
+        check_known(options, [*option_names(table[method]), *own], f"key of {method}")
+    return cls(**{**given, "options": options})

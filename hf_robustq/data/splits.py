@@ -1,0 +1,138 @@
+"""Find the train and evaluation split, the image and the label column of any image classification dataset."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hf_robustq.data.decode import decode_images
+from hf_robustq.data.images import ImageDataset
+from hf_robustq.data.lazy_images import LazyImageDataset
+
+if TYPE_CHECKING:
+    import datasets
+
+IN_MEMORY_SIZE = 64
+
+EVAL_SPLITS = ("validation", "valid", "test")
+
+
+def find_columns(
+    features: "datasets.Features", image: str | None = None, label: str | None = None
+) -> tuple[str, str]:
+    """The names of the image column (type Image) and of the label column (ClassLabel, else the one integer).
+
+    `image` and `label` name them instead. Raises ValueError, listing all columns, if a column is missing,
+    ambiguous or of another type.
+    """
+    import datasets
+
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    integers = [name for name, kind in features.items() if "int" in _kind(kind)]
+    return (
+        _pick(features, "--image_column_name", image, "Image", images),
+        _pick(features, "--label_column_name", label, "ClassLabel or integer", classes, integers),
+    )
+
+
+def _pick(
+    features: "datasets.Features",
+    flag: str,
+    named: str | None,
+    wanted: str,
+    preferred: list[str],
+    accepted: Sequence[str] = (),
+) -> str:
+    columns = ", ".join(f"{name} ({_kind(kind)})" for name, kind in features.items())
+    candidates = preferred or accepted
+    if named is not None and named not in (*preferred, *accepted):
+        raise ValueError(f"{flag} {named} is not a column of type {wanted}: choose from {columns}.")
+    if named is None and len(candidates) != 1:
+        raise ValueError(f"{len(candidates)} columns have type {wanted}: name one with {flag} of {columns}.")
+    return named if named is not None else candidates[0]
+
+
+def _kind(feature: object) -> str:
+    """How messages name a column's type: the dtype of a Value ("int64"), else the class ("Image")."""
+    import datasets
+
+    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+
+
+def load_image_splits(
+    name_or_folder: str,
+    *,
+    config_name: str | None = None,
+    image: str | None = None,
+    label: str | None = None,
+    train_split: str = "train",
+    eval_split: str | None = None,
+) -> tuple["datasets.Dataset", "datasets.Dataset", str, str, list[str]]:
+    """(train, eval, image column, label column, label names) of a hub dataset, a parquet or an image folder.
+
+    `eval_split` defaults to the first of validation, valid and test. Label names are the ClassLabel's, or
+    "0", "1", ... up to the largest integer label of the train split.
+    Raises ValueError if a split or a column is missing.
+    """
+    import datasets
+
+    splits = datasets.load_dataset(name_or_folder, config_name)
+    eval_split = eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
+    for split, flag in ((train_split, "--train_split"), (eval_split, "--eval_split")):
+        if split not in splits:
+            missing = f"no split {split!r}" if split else f"none of the splits {', '.join(EVAL_SPLITS)}"
+            raise ValueError(
+                f"{name_or_folder} has {missing}: choose with {flag} from {', '.join(map(str, splits))}."
+            )
+    train, evaluation = splits[train_split], splits[eval_split]
+    image, label = find_columns(train.features, image, label)
+    find_columns(evaluation.features, image, label)
+    return train, evaluation, image, label, _label_names(train, label)
+
+
+def _label_names(dataset: "datasets.Dataset", label: str) -> list[str]:
+    import datasets
+
+    feature = dataset.features[label]
+    if isinstance(feature, datasets.ClassLabel):
+        return list(feature.names)
+    return [str(value) for value in range(max(dataset.with_format(None)[label][:]) + 1)]
+
+
+def image_datasets(
+    train: "datasets.Dataset",
+    evaluation: "datasets.Dataset",
+    image: str,
+    label: str,
+    labels: Sequence[str],
+    *,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    interpolation: str = "bilinear",
+    seed: int = 0,
+) -> "tuple[ImageDataset, ImageDataset] | tuple[LazyImageDataset, LazyImageDataset]":
+    """(train, eval) of the splits and columns that `load_image_splits` found.
+
+    Up to 64 pixels the images are decoded once and stay in memory, and training shifts them by up to 1/8 of
+    their size and mirrors them; larger ones are decoded on access, with ImageNet's transforms.
+    """
+    how = {"num_labels": len(labels), "mean": mean, "std": std, "seed": seed}
+    if image_size > IN_MEMORY_SIZE:
+        both = {"image_size": image_size, "interpolation": interpolation, **how}
+        lazy, lazy_eval = (LazyImageDataset(split, image, label, **both) for split in (train, evaluation))
+        return lazy, lazy_eval.evaluation()
+    first = train.with_format(None)[0][image].size
+    resize = None if first == (image_size, image_size) else image_size
+    return (
+        ImageDataset(*decode_images(train, image, label, resize), padding=image_size // 8, flip=True, **how),
+        ImageDataset(*decode_images(evaluation, image, label, resize), **how),
+    )
+
+
+def check_labels(labels: Sequence[str], num_labels: int) -> None:
+    """ValueError if the model's head has not one output per label."""
+    if len(labels) != num_labels:
+        raise ValueError(
+            f"the model has {num_labels} outputs but the dataset has {len(labels)} labels: "
+            f"build the model with num_labels={len(labels)} (and ignore_mismatched_sizes=True)."
+        )

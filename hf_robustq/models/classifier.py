@@ -1,0 +1,77 @@
+"""One way to get an image classifier, whatever names it: a folder, a Hub id, or an architecture of timm."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from hf_robustq.models.mobilenet_v2 import from_torchvision
+
+TORCHVISION_MOBILENET = "mobilenet_v2.torchvision"
+
+
+def image_classifier(
+    name: str, labels: Sequence[str], new_head: bool = False, timm_options: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, str]:
+    """(model, where its weights come from). The model takes `pixel_values` and `labels`, as the Trainer gives them.
+
+    name       a folder or Hub id of transformers or timm (`timm/resnet50.tv_in1k`); a timm name with its weights'
+               tag (`resnet50.tv_in1k`); `mobilenet_v2.torchvision` (IMAGENET1K_V1, through a key map); or a bare
+               timm architecture (`resnet50`, `resnet20_cifar`), which starts from random weights
+    labels     the dataset's label names; trained weights with another number of outputs raise `ValueError`
+               unless `new_head`
+    timm_options  keyword arguments for the architecture, where it starts from random weights
+    """
+    from transformers import AutoModelForImageClassification
+
+    if name == TORCHVISION_MOBILENET:
+        import torchvision
+
+        wrapped = _timm_wrapper("mobilenetv2_100", 1000, {})
+        trained = torchvision.models.get_model("mobilenet_v2", weights="IMAGENET1K_V1")
+        wrapped.timm_model.load_state_dict(from_torchvision(trained.state_dict()))
+        if new_head:
+            wrapped.timm_model.reset_classifier(len(labels))
+            wrapped.config.num_labels = wrapped.num_labels = len(labels)
+        model, source = wrapped, "torchvision mobilenet_v2 IMAGENET1K_V1"
+    elif "/" in name or Path(name).exists() or "." in name:
+        source = name if "/" in name or Path(name).exists() else f"timm/{name}"
+        extra = {"num_labels": len(labels), "ignore_mismatched_sizes": True} if new_head else {}
+        model = AutoModelForImageClassification.from_pretrained(source, **extra)
+    else:
+        model, source = _timm_wrapper(name, len(labels), timm_options or {}), f"random ({name})"
+    if model.config.num_labels != len(labels):
+        raise ValueError(
+            f"{source} has {model.config.num_labels} outputs but the dataset has {len(labels)} labels: "
+            "choose the dataset it was trained on, or start a new head with --new_head"
+        )
+    model.config.id2label = dict(enumerate(labels))
+    model.config.label2id = {label: index for index, label in enumerate(labels)}
+    return model, source
+
+
+def _timm_wrapper(architecture: str, num_labels: int, options: Mapping[str, Any]) -> Any:
+    from transformers import TimmWrapperForImageClassification
+    from transformers.models.timm_wrapper import TimmWrapperConfig
+
+    config = TimmWrapperConfig(architecture=architecture, num_labels=num_labels, model_args=dict(options) or None)
+    wrapped = TimmWrapperForImageClassification(config)
+    # The wrapper draws every weight anew from N(0, 0.02); timm's own initialisation is the architecture's.
+    wrapped.timm_model.load_state_dict(timm.create_model(architecture, num_classes=num_labels, **options).state_dict())
+    return wrapped
+
+
+def preprocessing(model: Any) -> dict[str, Any]:
+    """`image_size`, `mean`, `std` and `interpolation` that a classifier's weights were trained with."""
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    own = getattr(getattr(model, "timm_model", None), "pretrained_cfg", None) or {}
+    size = own.get("input_size", (3, getattr(model.config, "image_size", 224), 0))[1]
+    return {
+        "image_size": size,
+        "mean": tuple(own.get("mean", IMAGENET_DEFAULT_MEAN)),
+        "std": tuple(own.get("std", IMAGENET_DEFAULT_STD)),
+        "interpolation": own.get("interpolation", "bilinear"),
+    }

@@ -1,0 +1,21 @@
+"""Uniform quantization with a step that calibration sets and training leaves alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_robustq.functional import along, fake_quantize
+from hf_robustq.grid import Grid
+from hf_robustq.quantizers.quantizer import Quantizer
+
+
+class Fixed(Quantizer):
+    """s * clamp(round(x / s), low, high) with a constant s; straight-through gradient inside the range."""
+
+    def __init__(self, grid: Grid, channels: int = 1) -> None:
+        super().__init__(grid, channels)
+        self.register_buffer("scale", torch.ones(self.channels))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, along(self.scale, x, self.grid.axis), self.low, self.high)

@@ -1,0 +1,77 @@
+"""What every recipe begins and ends with: presets under the command line, an output folder nobody loses, a last line."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_robustq.card import plot, table
+from hf_robustq.config import check_known
+from hf_robustq.sweep import Sweep
+
+
+def parse(arguments: type[Any], configs: Path, prefix: str, argv: Sequence[str] | None = None) -> tuple[Any, Any]:
+    """(recipe arguments, TrainingArguments): the flags, over the preset's YAML, over the defaults.
+
+    `--preset NAME` reads `<configs>/<prefix>_NAME.yaml`, whose keys are the flags' names. An unknown preset
+    or key is a `ValueError` that names the nearest one.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser([arguments, TrainingArguments])  # type: ignore[arg-type]
+    preset = next((f.default for f in dataclasses.fields(arguments) if f.name == "preset"), None)
+    for index, word in enumerate(argv):
+        if word == "--preset" and index + 1 < len(argv):
+            preset = argv[index + 1]
+        elif word.startswith("--preset="):
+            preset = word.removeprefix("--preset=")
+    known = [path.stem.removeprefix(f"{prefix}_") for path in sorted(configs.glob(f"{prefix}_*.yaml"))]
+    check_known([preset], known, "preset")
+    defaults = yaml.safe_load((configs / f"{prefix}_{preset}.yaml").read_text(encoding="utf-8")) or {}
+    fields = [f.name for kind in (arguments, TrainingArguments) for f in dataclasses.fields(kind) if f.init]
+    check_known(defaults, fields, f"key in {prefix}_{preset}.yaml")
+    parser.set_defaults(**defaults)
+    return parser.parse_args_into_dataclasses(argv)  # type: ignore[return-value]
+
+
+def open_output(folder: str | Path, resume: bool, overwrite: bool) -> str | None:
+    """Make ready an output folder; returns the checkpoint to resume from, if any.
+
+    A folder that holds something is a `ValueError` without an explicit choice.
+    """
+    folder = Path(folder)
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    if overwrite:
+        shutil.rmtree(folder)
+        return None
+    if resume:
+        return get_last_checkpoint(str(folder))
+    raise ValueError(f"{folder} is not empty: add --overwrite to delete it, --resume to go on, or name another --output_dir")
+
+
+def fast_bf16() -> bool:
+    """Whether bfloat16 is faster than float32 here: a GPU that has it, or a CPU with instructions for it."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def report(results: Mapping[str, Sweep], metric: str, folder: str | Path, settings: Mapping[str, Any]) -> str:
+    """One table and one PNG of all variants; returns the text to print, whose last line says where everything is."""
+    folder = Path(folder)
+    plot(results, metric, folder / "robustness.png")
+    text = table(results, metric)
+    facts = ", ".join(f"{key} {value}" for key, value in settings.items())
+    (folder / "results.md").write_text(f"{text}\n\n{facts}\n", encoding="utf-8")
+    places = ", ".join(str(folder / name) for name in results)
+    return f"\n{text}\n\nSettings: {facts}\nTable and curves: {folder}/results.md, {folder}/robustness.png; models: {places}"

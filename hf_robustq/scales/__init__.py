@@ -1,0 +1,19 @@
+"""How a step is chosen from data: pure functions `rule(sample, grid) -> [C] positive steps`."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from hf_robustq.grid import Grid
+from hf_robustq.scales.absmax import absmax
+from hf_robustq.scales.mse import mse, quantization_error
+from hf_robustq.scales.sample import Sample
+
+ScaleRule = Callable[[Sample, Grid], Tensor]
+
+SCALE_RULES: dict[str, ScaleRule] = {
+    "absmax": absmax,
+    "mse": mse,
+}
+
+__all__ = ["SCALE_RULES", "Sample", "ScaleRule", "absmax", "mse", "quantization_error"]

@@ -1,0 +1,53 @@
+"""Schedules: pure functions, so there is nothing to resume.
+
+Strengths and temperatures follow `progress`, the share of training done, in [0, 1]. Learning rates
+follow the epoch, as the papers state them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+Schedule = Callable[[float], float]
+
+
+def constant(progress: float) -> float:  # noqa: ARG001 (every schedule has this signature)
+    """1 throughout."""
+    return 1.0
+
+
+def linear(progress: float) -> float:
+    """0 at the start, 1 at the end."""
+    return progress
+
+
+def cosine(progress: float) -> float:
+    """0 at the start, 1 at the end, flat at both: (1 - cos(pi * progress)) / 2."""
+    return (1.0 - math.cos(math.pi * progress)) / 2.0
+
+
+SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cosine": cosine}
+
+
+def step_decay(epoch: float, epochs: float, every: int = 30, factor: float = 0.1) -> float:  # noqa: ARG001
+    """Learning-rate multiplier: times `factor` every `every` epochs."""
+    return factor ** math.floor(epoch / every + 1e-9)
+
+
+def exponential_decay(epoch: float, epochs: float, rate: float = 0.98) -> float:  # noqa: ARG001
+    """Learning-rate multiplier: times `rate` after each epoch."""
+    return rate ** math.floor(epoch + 1e-9)
+
+
+def cosine_steps(epoch: float, epochs: float, every: int = 50, factor: float = 0.1) -> float:
+    """Learning-rate multiplier: one half-cosine to 0 over the run, times a step decay."""
+    half_cosine = (1.0 + math.cos(math.pi * min(epoch / epochs, 1.0))) / 2.0
+    return half_cosine * step_decay(epoch, epochs, every, factor)
+
+
+LR_SCHEDULES: dict[str, Callable[..., float]] = {
+    "step": step_decay,
+    "exponential": exponential_decay,
+    "cosine_steps": cosine_steps,
+}
