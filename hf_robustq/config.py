@@ -6,7 +6,7 @@ import difflib
 import inspect
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -124,10 +124,10 @@ class RobustQConfig:
         if isinstance(regularizers, Mapping):
             regularizers = [{"method": name, **(options or {})} for name, options in regularizers.items()]
         if "regularizers" in given:
-            given["regularizers"] = tuple(_nested(RegularizerConfig, one) for one in regularizers)
+            given["regularizers"] = tuple(_nested(RegularizerConfig, "regularizers", one) for one in regularizers)
         for name in ("weights", "activations"):
             if given.get(name) is not None:
-                given[name] = _nested(QuantizerConfig, given[name])
+                given[name] = _nested(QuantizerConfig, name, given[name])
         for name in ("include", "exclude", "weights_only"):
             if name in given:
                 given[name] = (given[name],) if isinstance(given[name], str) else tuple(given[name])
@@ -149,15 +149,20 @@ class RobustQConfig:
         return cls.from_dict(values)
 
 
-def _nested(cls: type[Any], values: Any) -> Any:
+def _nested(cls: type[Any], where: str, values: Any) -> Any:
     """One nested config; keys that are no field are the method's own options."""
     if isinstance(values, cls):
         return values
-    own = {f.name for f in fields(cls)}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: expected a mapping of options, got {values!r}")
+    own = [f.name for f in fields(cls)]
+    table, default = (QUANTIZERS, "fixed") if cls is QuantizerConfig else (REGULARIZERS, None)
+    method = values.get("method", default)
+    check_known([method], table, "quantizer" if cls is QuantizerConfig else "regularizer")
     given = {key: value for key, value in values.items() if key in own}
-    options = {**given.get("options", {}), **{key: value for key, value in values.items() if key not in own}}
-    table = QUANTIZERS if cls is QuantizerConfig else REGULARIZERS
-    method = given.get("method", "fixed" if cls is QuantizerConfig else None)
-    if method in table:
-        check_known(options, [*option_names(table[method]), *own], f"key of {method}")
-    return cls(**{**given, "options": options})
+    options = {key: value for key, value in values.items() if key not in own}
+    check_known(options, [*option_names(table[method]), *own], f"key of {method}")
+    missing = [f.name for f in fields(cls) if f.name not in given and f.default is MISSING and f.default_factory is MISSING]
+    if missing:
+        raise ValueError(f"{where}: {missing[0]} is missing")
+    return cls(**{**given, "options": {**given.get("options", {}), **options}})

@@ -44,11 +44,15 @@ class RobustQ:
         touch_edges = config.first_last != "float"
         self.sites, self.left_out = find_sites(model, config.include, config.exclude, touch_edges, config.embeddings)
         if not self.sites:
-            raise ValueError("no weight to work on: the model has no matching Linear, Conv or MultiheadAttention layer")
+            reasons = "; ".join(f"{one.name}: {one.reason}" for one in self.left_out) or "no Linear or convolution in it"
+            raise ValueError(f"no weight to work on in this model ({reasons})")
         for pattern in config.weights_only:
             if not any(fnmatchcase(site.name, pattern) for site in self.sites):
                 raise ValueError(f"weights_only: pattern {pattern!r} matches no staged weight")
         self.edges = edge_names(model, self.sites) if config.first_last == 8 else {}
+        if config.regularizers and not any(s.parameter.requires_grad for s in self.sites if s.name not in self.edges):
+            names = ", ".join(regularizer.method for regularizer in config.regularizers)
+            raise ValueError(f"{names}: every weight it would act on is frozen; unfreeze some, or drop the regularizer")
         shared: dict[int, dict[str, nn.Module]] = {}
         for site in self.sites:
             if id(site.parameter) not in shared:  # both ends of a tie get the same stages
@@ -57,7 +61,6 @@ class RobustQ:
             site.weight_stages.train(site.module.training)
             if site.activation_stages is not None:
                 site.activation_stages.train(site.module.training)
-        self._refuse_frozen()
         self.watch = FiniteWatch(self.sites)
         self.calibrated = False
 
@@ -101,11 +104,6 @@ class RobustQ:
             if isinstance(stage, Regularizer) and site.parameter.requires_grad:
                 found.setdefault(id(stage), (site, stage))
         return list(found.values())
-
-    def _refuse_frozen(self) -> None:
-        for regularizer in self.config.regularizers:
-            if not self._carriers(regularizer.method):
-                raise ValueError(f"{regularizer.method}: every weight it would act on is frozen; unfreeze some or drop it")
 
     # ---- before training -------------------------------------------------------------------------
 

@@ -177,7 +177,7 @@ def find_sites(
             left.append(LeftOut(site.name, reason))
 
     for pattern in (*include, *exclude):
-        if not any(fnmatchcase(site.name, pattern) for site in candidates):
+        if candidates and not any(fnmatchcase(site.name, pattern) for site in candidates):
             examples = ", ".join(site.name for site in candidates[:3])
             raise ValueError(f"pattern {pattern!r} matches no weight; weights are named like {examples}")
 

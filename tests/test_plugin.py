@@ -1,0 +1,218 @@
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hf_robustq import RobustQ, RobustQConfig
+from hf_robustq.calibrate import weight_probe
+from tests.zoo import bert, images, resnet, run, tokens
+
+KURE = {"regularizers": {"kure": {}}}
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def forward(model, x):
+    return model(x)
+
+
+def test_calibration_leaves_the_model_and_every_rng_as_they_were():
+    model, batch = bert(dropout=0.1), tokens(labels=3)
+    model.train()
+    model.bert.encoder.layer[0].eval()
+    modes = [m.training for m in model.modules()]
+    plugin = RobustQ(model, {**KURE, "activations": {"bits": 8}})
+    modes = [m.training for m in model.modules()]
+    state = {k: v.clone() for k, v in model.state_dict().items() if "quantizer" not in k}
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+
+    def noisy(model, batch):
+        torch.rand(3), random.random(), np.random.rand()
+        return run(model, batch)
+
+    plugin.calibrate([batch, batch], noisy)
+    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+
+
+def test_empty_calibration_set_and_missing_calibration_are_errors():
+    plugin = RobustQ(mlp(), KURE)
+    with pytest.raises(ValueError, match="calibration set is empty"):
+        plugin.calibrate([], forward)
+    with pytest.raises(RuntimeError, match="calibrate"):
+        plugin.step(0.0)
+
+
+def test_non_finite_calibration_data_names_the_layer():
+    plugin = RobustQ(mlp(), {**KURE, "first_last": "same"})
+    with pytest.raises(ValueError, match=r"non-finite values in the input of 0\.weight in calibration"):
+        plugin.calibrate([torch.full((2, 6), float("nan"))], forward)
+
+
+def test_activation_grids_are_unsigned_after_relu_and_signed_elsewhere():
+    plugin = RobustQ(mlp(), {"activations": {"bits": 4}, "first_last": "same"})
+    plugin.calibrate([torch.randn(50, 6)], forward)
+    ranges = []
+    for site in plugin.sites:
+        quantizer = site.activation_stages.get_submodule("quantizer")
+        ranges.append((int(quantizer.low), int(quantizer.high)))
+    assert ranges == [(-8, 7), (0, 15), (0, 15)]
+
+
+def test_a_layer_called_twice_is_penalised_once():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.middle, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = self.first(x)
+            for _ in range(3):
+                if self.middle.weight.dtype == x.dtype:  # a reader that is no use
+                    x = self.middle(x)
+            return self.last(x)
+
+    model = Shared()
+    plugin = RobustQ(model, KURE)
+    plugin.calibrate([torch.randn(2, 4)] * 2, forward)
+    assert weight_probe(plugin.sites[0]).uses == 3
+    plugin.step(0.0, first=True)
+    x = torch.randn(2, 4)
+    with_penalty = torch.autograd.grad(model.train()(x).sum(), model.middle._parameters["weight"])[0]
+    plugin.end_micro_batch()
+    without = torch.autograd.grad(model(x).sum(), model.middle._parameters["weight"])[0]
+    w = model.middle._parameters["weight"].detach().double().requires_grad_()
+    d = w - w.mean()
+    (expected,) = torch.autograd.grad(((d**4).mean() / (d**2).mean() ** 2 - 1.8) ** 2, w)
+    torch.testing.assert_close((with_penalty - without).double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_strength_follows_the_schedule_and_the_fp16_scale():
+    plugin = RobustQ(mlp(), {"regularizers": {"kure": {"strength": 3.0, "schedule": "linear"}}, "first_last": "same"})
+    plugin.calibrate([torch.randn(2, 6)], forward)
+    stage = plugin.sites[0].weight_stages.get_submodule("kure")
+    plugin.step(0.5, first=True)
+    assert float(stage.strength) == pytest.approx(0.5) and stage.active
+    plugin.step(0.5, first=False)
+    assert not stage.active
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    plugin.step(1.0, first=True, scaler=scaler)
+    assert float(stage.strength) == pytest.approx(1024.0)
+
+
+def test_fp16_with_a_scaler_gives_the_gradient_of_float32():
+    def gradient(fp16):
+        torch.manual_seed(0)
+        model = mlp()
+        plugin = RobustQ(model, {"regularizers": {"kure": {"strength": 5.0}}})
+        plugin.calibrate([torch.randn(2, 6)], forward)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        scaler = torch.amp.GradScaler("cpu", enabled=fp16, init_scale=512.0)
+        plugin.step(0.0, first=True, scaler=scaler)
+        with torch.autocast("cpu", dtype=torch.float16, enabled=fp16):
+            loss = model.train()(torch.ones(4, 6)).float().pow(2).mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        return plugin.sites[0].parameter.grad
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("micro", "batch"), [(1, 8), (4, 2), (2, 4)])
+def test_plain_accelerate_loop_gives_the_same_weights_whatever_the_accumulation(micro, batch):
+    """Five optimizer steps of 8 samples, in `micro` micro-batches, against one plain loop with the penalty in the loss."""
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 6), torch.randint(0, 3, (40,))
+    model = mlp()
+    plain = copy.deepcopy(model)
+
+    accelerator = Accelerator(gradient_accumulation_steps=micro, cpu=True)
+    plugin = RobustQ(model, {"regularizers": {"kure": {"strength": 2.0}}, "first_last": "same"})
+    plugin.calibrate([x], forward)
+    loader = torch.utils.data.DataLoader(list(zip(x, y, strict=True)), batch_size=batch)
+    optimizer = torch.optim.SGD(plugin.parameter_groups(0.01), lr=0.1)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    model.train()
+    for i, (xs, ys) in enumerate(loader):
+        plugin.step(i / len(loader))
+        with accelerator.accumulate(model):
+            accelerator.backward(nn.functional.cross_entropy(model(xs), ys))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    weights = [p for p in plain.parameters() if p.dim() == 2]
+    biases = [p for p in plain.parameters() if p.dim() == 1]
+    reference = torch.optim.SGD([{"params": weights, "weight_decay": 0.01}, {"params": biases}], lr=0.1)
+    for xs, ys in zip(x.split(8), y.split(8), strict=True):
+        penalty = 0.0
+        for w in weights:
+            d = w - w.mean()
+            penalty = penalty + ((d**4).mean() / (d**2).mean() ** 2 - 1.8) ** 2 / len(weights)
+        (nn.functional.cross_entropy(plain(xs), ys) + 2.0 * penalty).backward()
+        reference.step()
+        reference.zero_grad()
+    own = dict(plain.named_parameters())
+    for site in plugin.sites:
+        torch.testing.assert_close(site.parameter, own[site.name], rtol=0, atol=1e-5)
+
+
+def test_metrics_are_the_mean_kurtosis_and_the_mean_penalty():
+    import scipy.stats
+
+    plugin = RobustQ(resnet(), KURE)
+    kurtoses = [scipy.stats.kurtosis(s.parameter.detach().double().flatten(), fisher=False) for s in plugin.sites]
+    metrics = plugin.metrics()
+    assert metrics["kurtosis"] == pytest.approx(np.mean(kurtoses), rel=1e-4)
+    assert metrics["kure"] == pytest.approx(np.mean([(k - 1.8) ** 2 for k in kurtoses]), rel=1e-3)
+
+
+def test_parameter_groups_decay_matrices_and_leave_out_what_is_frozen():
+    model = bert()
+    model.bert.embeddings.requires_grad_(False)
+    plugin = RobustQ(model, KURE)
+    decayed, rest = plugin.parameter_groups(0.1)
+    assert decayed["weight_decay"] == 0.1 and rest["weight_decay"] == 0.0
+    assert all(p.dim() > 1 for p in decayed["params"]) and all(p.dim() <= 1 for p in rest["params"])
+    trainable = sum(p.requires_grad for p in model.parameters())
+    assert len(decayed["params"]) + len(rest["params"]) == trainable
+
+
+def test_kure_alone_moves_the_kurtosis_to_its_target():
+    model = mlp()
+    plugin = RobustQ(model, {"regularizers": {"kure": {"strength": 1.0, "target": 2.2}}, "first_last": "same"})
+    with torch.no_grad():
+        for site in plugin.sites:
+            site.parameter.copy_(torch.distributions.StudentT(5.0).sample(site.parameter.shape))
+    plugin.calibrate([torch.randn(2, 6)], forward)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    model.train()
+    for _ in range(400):
+        plugin.step(0.0, first=True)
+        optimizer.zero_grad()
+        (0.0 * model(torch.ones(1, 6)).sum()).backward()
+        optimizer.step()
+    assert plugin.metrics()["kurtosis"] == pytest.approx(2.2, abs=0.05)
+
+
+def test_per_channel_and_tied_stages_are_calibrated_from_the_stored_weight():
+    from hf_robustq.scales import Sample, mse
+
+    plugin = RobustQ(resnet(), {"weights": {"bits": 3, "per_channel": True}})
+    plugin.calibrate([images()], run)
+    site = plugin.sites[1]
+    quantizer = site.weight_stages.get_submodule("quantizer")
+    by_row = [float(mse(Sample.of(row), quantizer.grid)) for row in site.parameter.detach()]
+    torch.testing.assert_close(quantizer.scale, torch.tensor(by_row))
+
+
+def test_config_may_be_a_dict_or_the_dataclass():
+    as_dict = {"regularizers": {"kure": {"target": 2.0}}, "weights": {"bits": 4}}
+    assert RobustQ(mlp(), as_dict).config == RobustQ(mlp(), RobustQConfig.from_dict(as_dict)).config

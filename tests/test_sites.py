@@ -1,0 +1,328 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_robustq import RobustQ, find_sites
+from hf_robustq.sites import edge_names, staged_class, whole
+from hf_robustq.sweep import Setting, Steps, quantized
+from tests.zoo import ZOO, bert, gpt2, images, resnet, run, tokens
+
+KURE = {"regularizers": {"kure": {}}}
+W4 = {"weights": {"bits": 4}, "first_last": "same"}
+W4A4 = {**W4, "activations": {"bits": 4}}
+
+
+@pytest.fixture(params=ZOO)
+def entry(request):
+    build, batch = ZOO[request.param]
+    return build(), batch()
+
+
+def logits(model, batch):
+    model.eval()
+    with torch.no_grad():
+        return run(model, batch).logits
+
+
+def test_stages_off_is_bit_identical(entry):
+    model, batch = entry
+    before = logits(model, batch)
+    plugin = RobustQ(model, {**KURE, **W4A4})
+    plugin.calibrate([batch], run)
+    with quantized(plugin, Setting(), Steps(plugin)):
+        assert torch.equal(logits(model, batch), before)
+    assert not torch.equal(logits(model, batch), before)
+
+
+def test_four_bits_are_the_values_that_quantizing_by_hand_gives(entry):
+    """The staged model against a copy whose weights were overwritten with their quantized values."""
+    model, batch = entry
+    by_hand = copy.deepcopy(model)
+    plugin = RobustQ(model, W4)
+    plugin.calibrate([batch], run)
+    own = dict(by_hand.named_parameters())
+    for site in plugin.sites:
+        quantizer = site.weight_stages.get_submodule("quantizer")
+        w = own[site.name].detach()
+        own[site.name].data = (w / quantizer.scale).round().clamp(-7, 7) * quantizer.scale
+        assert own[site.name].unique().numel() <= 15
+    torch.testing.assert_close(logits(model, batch), logits(by_hand, batch), rtol=0, atol=0)
+
+
+def test_every_weight_site_reaches_the_loss(entry):
+    model, batch = entry
+    plugin = RobustQ(model, W4)
+    plugin.calibrate([batch], run)
+    model.train()
+    run(model, batch).loss.backward()
+    for site in plugin.sites:
+        assert site.parameter.grad is not None and bool(site.parameter.grad.abs().sum() > 0), site.name
+
+
+def test_penalty_gradient_is_the_one_of_a_penalty_in_the_loss(entry):
+    """KURE through the backward pass against the same model with the penalty added to its loss."""
+    model, batch = entry
+    plain = copy.deepcopy(model)
+    plugin = RobustQ(model, {"regularizers": {"kure": {"strength": 2.0}}})
+    plugin.calibrate([batch], run)
+    plugin.step(0.0, first=True)
+    for module in (model, plain):
+        module.train()
+        torch.manual_seed(3)
+        for m in module.modules():  # the same statistics on both sides
+            if isinstance(m, nn.Dropout):
+                m.p = 0.0
+    loss = run(model, batch).loss
+    loss.backward()
+    own = dict(plain.named_parameters())
+    penalty = 0.0
+    for site in plugin.sites:
+        w = own[site.name]
+        d = w - w.mean()
+        penalty = penalty + ((d**4).mean() / (d**2).mean() ** 2 - 1.8) ** 2
+    plain_loss = run(plain, batch).loss
+    assert torch.equal(loss, plain_loss)
+    (plain_loss + 2.0 * penalty / len(plugin.sites)).backward()
+    for site in plugin.sites:
+        torch.testing.assert_close(site.parameter.grad, own[site.name].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_detach_gives_back_the_identical_parameters_and_classes(entry):
+    model, _ = entry
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    classes = [type(m) for m in model.modules()]
+    keys = list(model.state_dict())
+    plugin = RobustQ(model, {**KURE, **W4A4})
+    assert all(isinstance(m, c) for m, c in zip((s.module for s in plugin.sites), (nn.Module,) * 99, strict=False))
+    own = plugin.own_parameters()
+    assert {name: id(p) for name, p in model.named_parameters() if name not in own} == parameters
+    plugin.detach()
+    assert {name: id(p) for name, p in model.named_parameters()} == parameters
+    assert [type(m) for m in model.modules()] == classes
+    assert list(model.state_dict()) == keys
+
+
+def test_deepcopy_is_independent(entry):
+    model, batch = entry
+    plugin = RobustQ(model, W4)
+    plugin.calibrate([batch], run)
+    twin = copy.deepcopy(model)
+    before = logits(twin, batch)
+    assert torch.equal(before, logits(model, batch))
+    with torch.no_grad():
+        plugin.sites[0].parameter.add_(1.0)
+        plugin.sites[0].weight_stages.get_submodule("quantizer").scale.mul_(2)
+    assert torch.equal(logits(twin, batch), before)
+
+
+def test_bake_writes_what_the_stages_read(entry):
+    model, batch = entry
+    plugin = RobustQ(model, W4)
+    plugin.calibrate([batch], run)
+    before = logits(model, batch)
+    baked = plugin.bake()
+    assert torch.equal(logits(baked, batch), before)
+    assert not any("stages" in name for name in baked.state_dict())
+
+
+def test_save_and_stock_load(entry, tmp_path):
+    """The folder, read by transformers alone, is the float model; its extra keys are only ours."""
+    import subprocess
+    import sys
+
+    from safetensors.torch import load_file
+
+    model, batch = entry
+    before = logits(model, batch)
+    plugin = RobustQ(model, {**KURE, **W4A4})
+    plugin.calibrate([batch], run)
+    model.save_pretrained(tmp_path / "model")
+    torch.save(batch, tmp_path / "batch.pt")
+    script = (
+        "import sys, torch, transformers\n"
+        f"model = transformers.{type(model).__name__}.from_pretrained({str(tmp_path / 'model')!r}).eval()\n"
+        f"batch = torch.load({str(tmp_path / 'batch.pt')!r})\n"
+        f"torch.save((model(**batch).logits.detach(), model.state_dict()), {str(tmp_path / 'loaded.pt')!r})\n"
+        "assert 'hf_robustq' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    loaded, state = torch.load(tmp_path / "loaded.pt")
+    own = plugin.detach().state_dict()
+    assert list(state) == list(own) and all(torch.equal(state[key], own[key]) for key in own)
+    torch.testing.assert_close(loaded, before, rtol=1e-4, atol=1e-5)  # another process, other memory alignment
+    extra = [key for key in load_file(tmp_path / "model" / "model.safetensors") if "stages" in key]
+    assert extra and all("quantizer" in key for key in extra)
+
+
+def test_one_class_per_class():
+    first, second = RobustQ(resnet(), KURE), RobustQ(resnet(), W4)
+    classes = {type(site.module) for plugin in (first, second) for site in plugin.sites}
+    assert classes == {staged_class(nn.Conv2d, ("weight",)), staged_class(nn.Linear, ("weight",))}
+    site = first.sites[0]
+    assert isinstance(site.module, nn.Conv2d) and type(site.module).__name__ == "Conv2d"
+
+
+def test_reading_the_attribute_stages_and_the_parameter_does_not():
+    linear = nn.Linear(8, 8)
+    stored = linear.weight
+    plugin = RobustQ(nn.Sequential(linear, nn.Linear(8, 2)), W4)
+    plugin.calibrate([torch.randn(2, 8)], lambda model, x: model(x))
+    assert plugin.sites[0].parameter is stored
+    assert linear.weight.unique().numel() <= 15 < stored.unique().numel()
+
+
+def test_conv1d_has_its_output_channels_on_axis_1():
+    plugin = RobustQ(gpt2(), {"weights": {"bits": 4, "per_channel": True}})
+    site = next(site for site in plugin.sites if site.name == "transformer.h.0.mlp.c_fc.weight")
+    assert site.axis == 1 and site.parameter.shape == (32, 128)
+    assert site.weight_stages.get_submodule("quantizer").scale.shape == (128,)
+    plugin.calibrate([tokens()], run)
+    columns = site.module.weight.detach().T
+    assert all(column.unique().numel() <= 15 for column in columns)
+
+
+def test_tied_head_is_left_out_or_staged_with_its_embedding():
+    sites, left = find_sites(gpt2(), first_last=True)
+    assert "lm_head.weight" not in [site.name for site in sites]
+    assert any(one.name == "lm_head.weight" and "tied to transformer.wte.weight" in one.reason for one in left)
+    model = gpt2()
+    plugin = RobustQ(model, {"weights": {"bits": 4}, "embeddings": True, "first_last": "same"})
+    ends = {site.name: site for site in plugin.sites}
+    wte, head = ends["transformer.wte.weight"], ends["lm_head.weight"]
+    assert list(wte.weight_stages) == list(head.weight_stages)
+    plugin.calibrate([tokens()], run)
+    assert torch.equal(wte.module.weight, head.module.weight)
+
+
+@pytest.mark.parametrize(
+    ("build", "edges"),
+    [
+        (resnet, {"timm_model.stem.conv1.weight": "first layer", "timm_model.fc.weight": "output layer"}),
+        (bert, {"classifier.weight": "output layer", "bert.pooler.dense.weight": "pooler"}),
+        (gpt2, {"lm_head.weight": "output layer"}),
+    ],
+)
+def test_first_and_last_layers(build, edges):
+    model = build()
+    sites, _ = find_sites(model, first_last=True, embeddings=build is gpt2)
+    found = edge_names(model, [s for s in sites if "wte" not in s.name and "wpe" not in s.name])
+    first = next(iter(n for n, why in found.items() if why == "first layer"), None)
+    if build is resnet:
+        assert first == sites[0].name and found["timm_model.fc.weight"] == "output layer"
+        assert len(found) == 2
+    else:
+        assert found == edges
+
+
+def test_first_last_8_quantizes_the_edges_to_8_bits_and_does_not_regularize_them():
+    plugin = RobustQ(resnet(), {**KURE, "weights": {"bits": 3}, "first_last": 8})
+    bits = [site.weight_stages.get_submodule("quantizer").grid.bits for site in plugin.sites]
+    assert bits[0] == bits[-1] == 8 and set(bits[1:-1]) == {3}
+    carried = ["kure" in dict(site.weight_stages.named_children()) for site in plugin.sites]
+    assert not carried[0] and not carried[-1] and all(carried[1:-1])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    def gradients(checkpointing):
+        torch.manual_seed(0)
+        model = gpt2()
+        plugin = RobustQ(model, {**KURE, "weights": {"bits": 4}, "activations": {"bits": 8}})
+        plugin.calibrate([tokens()], run)
+        model.train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        plugin.step(0.0, first=True)
+        model(**tokens(), use_cache=False).loss.backward()
+        return {site.name: site.parameter.grad for site in plugin.sites}
+
+    plain, checkpointed = gradients(False), gradients(True)
+    for name, grad in plain.items():
+        torch.testing.assert_close(checkpointed[name], grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("config", [KURE, {**KURE, **W4}, {**KURE, **W4A4}], ids=["kure", "kure w4", "kure w4a4"])
+def test_compiles_without_a_graph_break(config):
+    model, batch = resnet(), images()
+    plugin = RobustQ(model, config)
+    plugin.calibrate([batch], run)
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+    def gradients(call):
+        model.zero_grad()
+        plugin.step(0.5, first=True)
+        nn.functional.cross_entropy(call(batch["pixel_values"]), batch["labels"]).backward()
+        return [site.parameter.grad.clone() for site in plugin.sites]
+
+    eager = gradients(model.timm_model)
+    compiled = gradients(torch.compile(model.timm_model, fullgraph=True))
+    if "activations" in config:  # an activation on a tie may fall the other way under another order of sums
+        assert all(bool(grad.isfinite().all()) for grad in compiled)
+        return
+    for a, b in zip(eager, compiled, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 + 1e-4 * float(a.abs().max()))
+
+
+def test_errors_name_the_remedy():
+    with pytest.raises(ValueError, match=r"pattern 'nothing\*' matches no weight; weights are named like"):
+        RobustQ(resnet(), {"include": ["nothing*"]})
+    with pytest.raises(ValueError, match="accelerate launch"):
+        RobustQ(nn.DataParallel(nn.Linear(2, 2)), KURE)
+    with pytest.raises(ValueError, match="before wrapping"):
+        RobustQ(torch.compile(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))), KURE)
+    model = resnet()
+    RobustQ(model, KURE)
+    with pytest.raises(ValueError, match="staged already: call detach"):
+        RobustQ(model, KURE)
+    frozen = resnet().requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen"):
+        RobustQ(frozen, KURE)
+    with pytest.raises(ValueError, match="no weight to work on"):
+        RobustQ(nn.ReLU(), {})
+
+
+def test_a_failed_attach_leaves_the_model_as_it_was():
+    frozen = resnet().requires_grad_(False)
+    classes = [type(m) for m in frozen.modules()]
+    with pytest.raises(ValueError, match="frozen"):
+        RobustQ(frozen, KURE)
+    assert [type(m) for m in frozen.modules()] == classes
+
+
+def test_unused_and_functionally_used_layers_are_reported():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.used, self.unused, self.last = (nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, x):
+            return self.last(nn.functional.linear(self.first(x), self.used.weight))
+
+    forward, batch = (lambda model, x: model(x)), torch.randn(2, 4)
+    with pytest.raises(ValueError, match=r"unused\.weight is never used in forward: add it to exclude"):
+        RobustQ(Odd(), KURE).calibrate([batch], forward)
+    RobustQ(Odd(), {**KURE, "exclude": ["unused*"]}).calibrate([batch], forward)
+    with pytest.raises(ValueError, match="add 'used.weight' to weights_only"):
+        RobustQ(Odd(), {**W4A4, "exclude": ["unused*"]}).calibrate([batch], forward)
+    plugin = RobustQ(Odd(), {**W4A4, "exclude": ["unused*"], "weights_only": ["used.weight"]})
+    plugin.calibrate([batch], forward)
+    assert "(input stays float)" in repr(plugin)
+
+
+def test_whole_of_a_plain_parameter_is_itself():
+    parameter = nn.Parameter(torch.ones(3))
+    with whole(parameter) as values:
+        assert values.data_ptr() == parameter.data_ptr()
+
+
+def test_print_shows_sites_stages_bits_and_what_was_left_out():
+    text = repr(RobustQ(bert(), {**KURE, "weights": {"bits": 4}, "activations": {"bits": 8}}))
+    assert "bert.encoder.layer.0.attention.self.query.weight" in text and "kure quantizer" in text and "w4a8" in text
+    assert "left out: classifier.weight: output layer (first_last='float')" in text

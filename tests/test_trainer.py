@@ -1,0 +1,411 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
+
+from hf_robustq import (
+    BitWidthSweepCallback,
+    RobustQ,
+    RobustQCallback,
+    RobustQConfig,
+    RobustQMixin,
+    RobustTrainer,
+    regularizers,
+)
+from hf_robustq.data import ImageDataset
+from hf_robustq.metrics import compute_accuracy
+from hf_robustq.sweep import load_sweeps
+from tests.zoo import bert, gpt2, resnet, tokens
+
+KURE = RobustQConfig.from_dict({"regularizers": {"kure": {"strength": 2.0}}, "calibration_samples": 8})
+
+
+class Rows(torch.utils.data.Dataset):
+    """A batch, row by row."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self):
+        return len(self.batch["labels"])
+
+    def __getitem__(self, index):
+        return {key: value[index] for key, value in self.batch.items()}
+
+
+def text(rows=24, labels=3):
+    return Rows(tokens(labels=labels, batch=rows))
+
+
+def pictures(rows=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (rows, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 10, (rows,), generator=generator)
+    return ImageDataset(pixels, labels, num_labels=10, mean=(0.5,) * 3, std=(0.25,) * 3, padding=4, flip=True)
+
+
+def arguments(folder, **options):
+    defaults = {
+        "output_dir": str(folder), "report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
+        "per_device_train_batch_size": 8, "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0,
+        "num_train_epochs": 1, "logging_steps": 1, "dataloader_pin_memory": False,
+    }  # fmt: skip
+    return TrainingArguments(**{**defaults, **options})
+
+
+def weights(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_accumulation_and_checkpointing_do_not_change_the_weights(tmp_path, checkpointing):
+    """Five steps of eight samples, as 1x8, 4x2 and 2x4, end at the same weights to 1e-5."""
+    results = []
+    for micro, batch in ((1, 8), (4, 2), (2, 4)):
+        torch.manual_seed(0)
+        model = gpt2()
+        options = {"activation_checkpointing": True} if checkpointing else {}
+        args = arguments(
+            tmp_path, max_steps=5, learning_rate=0.01, per_device_train_batch_size=batch,
+            gradient_accumulation_steps=micro, **options,
+        )  # fmt: skip
+        RobustTrainer(model=model, args=args, train_dataset=Rows(tokens(batch=40)), robustq=KURE, sweep=()).train()
+        results.append(weights(model))
+    for other in results[1:]:
+        for name, value in results[0].items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-5)
+
+
+def test_the_penalty_matters_in_that_test(tmp_path):
+    ends = []
+    for config in (KURE, RobustQConfig()):
+        torch.manual_seed(0)
+        model = gpt2()
+        args = arguments(tmp_path, max_steps=5, learning_rate=0.01)
+        RobustTrainer(model=model, args=args, train_dataset=Rows(tokens(batch=40)), robustq=config, sweep=()).train()
+        ends.append(weights(model))
+    assert max(float((ends[0][n] - ends[1][n]).abs().max()) for n in ends[0]) > 1e-3
+
+
+def test_loss_stays_the_task_loss_and_penalties_have_their_own_names(tmp_path):
+    trainer = RobustTrainer(model=bert(), args=arguments(tmp_path), train_dataset=text(), robustq=KURE, sweep=())
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["loss"] == pytest.approx(np.log(3), abs=0.1)
+    assert first["kurtosis"] > 1 and first["kure"] > 0
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stop", [4, 6])
+def test_an_interrupted_run_resumed_ends_with_exactly_the_same_weights(tmp_path, stop):
+    """Augmentation, dropout, batch norm, sweeps and a mid-epoch checkpoint included: 9 steps in 3 epochs."""
+
+    def trainer(folder, *callbacks):
+        torch.manual_seed(0)
+        config = {
+            "regularizers": {"kure": {"strength": 2.0, "schedule": "linear"}},
+            "weights": {"bits": 4},
+            "calibration_samples": 8,
+        }
+        args = arguments(
+            folder, num_train_epochs=3, save_strategy="steps", save_steps=2, eval_strategy="epoch", optim_args="momentum=0.9"
+        )
+        return RobustTrainer(
+            model=resnet(), args=args, train_dataset=pictures(), eval_dataset=pictures(8).evaluation(), robustq=config,
+            sweep=["fp", "w3", "w4a4", "trained"], compute_metrics=compute_accuracy, callbacks=list(callbacks),
+        )  # fmt: skip
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "parts", StopAt(stop + 1)).train()
+    resumed = trainer(tmp_path / "parts")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / f"checkpoint-{stop}"))
+    assert same(weights(resumed.model), weights(whole.model))
+    assert all(torch.equal(v, resumed.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
+    sweeps = [json.loads((tmp_path / run / "robustq_sweep.json").read_text()) for run in ("whole", "parts")]
+    assert sweeps[0] == sweeps[1] and len(sweeps[0]) == 3
+
+
+def test_a_sweep_does_not_change_the_training(tmp_path):
+    """With dropout, whose next draw depends on the global RNG."""
+    ends = []
+    for sweep in (["fp", "w2", "w8a8", "trained"], ()):
+        torch.manual_seed(0)
+        model = bert(dropout=0.1)
+        args = arguments(tmp_path, eval_strategy="steps", eval_steps=1)
+        config = RobustQConfig.from_dict({**KURE.to_dict(), "weights": {"bits": 4}, "activations": {"bits": 8}})
+        RobustTrainer(
+            model=model, args=args, train_dataset=text(), eval_dataset=text(6), robustq=config, sweep=sweep,
+            compute_metrics=compute_accuracy,
+        ).train()  # fmt: skip
+        ends.append(weights(model))
+    assert same(*ends)
+
+
+def test_sweep_rows_are_logged_saved_and_usable_to_choose_the_best(tmp_path):
+    args = arguments(
+        tmp_path, num_train_epochs=2, eval_strategy="epoch", save_strategy="best", metric_for_best_model="eval_robustness"
+    )
+    trainer = RobustTrainer(
+        model=bert(), args=args, train_dataset=text(), eval_dataset=text(10), robustq=KURE,
+        sweep=["fp", "w4", "w2", "w4a4"], compute_metrics=compute_accuracy,
+    )  # fmt: skip
+    trainer.train()
+    logs = {key: value for log in trainer.state.log_history for key, value in log.items()}
+    for key in ("eval_fp_accuracy", "eval_w4_accuracy", "eval_w2_loss", "eval_w4a4_accuracy", "eval_worst"):
+        assert key in logs
+    assert logs["eval_robustness"] == pytest.approx((logs["eval_w4_accuracy"] + logs["eval_w2_accuracy"]) / 2)
+    assert logs["eval_worst"] == min(logs[f"eval_{s}_accuracy"] for s in ("fp", "w4", "w2", "w4a4"))
+    assert trainer.state.best_metric == max(
+        log["eval_robustness"] for log in trainer.state.log_history if "eval_robustness" in log
+    )
+    assert logs["eval_fp_accuracy"] == logs["eval_accuracy"]
+    assert logs["eval_fp_loss"] == pytest.approx(logs["eval_loss"], rel=1e-5)
+    sweeps = load_sweeps(tmp_path / "robustq_sweep.json")
+    assert len(sweeps) == 2 and sweeps[1].step == 6 and sweeps[1].rows[0].samples == 10
+
+
+def test_several_evaluation_sets_and_a_fixed_subset(tmp_path):
+    args = arguments(tmp_path, eval_strategy="epoch")
+    trainer = RobustTrainer(
+        model=bert(), args=args, train_dataset=text(), eval_dataset={"a": text(10), "b": text(7)}, robustq=KURE,
+        sweep=["fp", "w3"], sweep_options={"max_samples": 8}, compute_metrics=compute_accuracy,
+    )  # fmt: skip
+    trainer.train()
+    logs = {key for log in trainer.state.log_history for key in log}
+    assert {"eval_a_w3_accuracy", "eval_b_w3_accuracy", "eval_b_worst"} <= logs
+    rows = [row for sweep in trainer.sweep_callback.sweeps for row in sweep.rows]
+    assert {(r.dataset, r.samples, r.subset) for r in rows} == {
+        ("eval_a", 8, "8 of 10, seed 0"),
+        ("eval_b", 7, "all"),
+    }
+
+
+def test_every_second_evaluation(tmp_path):
+    args = arguments(tmp_path, eval_strategy="steps", eval_steps=1)
+    trainer = RobustTrainer(
+        model=bert(), args=args, train_dataset=text(), eval_dataset=text(6), robustq=KURE, sweep=["w4"],
+        sweep_options={"every": 2}, compute_metrics=compute_accuracy,
+    )  # fmt: skip
+    trainer.train()
+    assert [sweep.step for sweep in trainer.sweep_callback.sweeps] == [1, 3]
+
+
+def test_a_callback_on_a_stock_trainer_does_the_same(tmp_path):
+    """RobustQCallback + BitWidthSweepCallback on `Trainer` end where `RobustTrainer` ends."""
+    torch.manual_seed(0)
+    model = bert()
+    args = arguments(tmp_path / "a", eval_strategy="epoch")
+    robust = RobustTrainer(
+        model=model, args=args, train_dataset=text(), eval_dataset=text(6), robustq=KURE, sweep=["w4"],
+        compute_metrics=compute_accuracy,
+    )  # fmt: skip
+    robust.train()
+    torch.manual_seed(0)
+    stock_model = bert()
+    plugin = RobustQ(stock_model, KURE)
+    plugin.calibrate([tokens(labels=3)], lambda model, batch: model(**batch))
+    stock = Trainer(
+        model=stock_model, args=arguments(tmp_path / "b", eval_strategy="epoch"), train_dataset=text(),
+        eval_dataset=text(6), compute_metrics=compute_accuracy, callbacks=[RobustQCallback(plugin)],
+    )  # fmt: skip
+    stock.add_callback(BitWidthSweepCallback(stock, plugin, ["w4"]))
+    stock.train()
+    assert same(weights(model), weights(stock_model))
+    last = [log for log in stock.state.log_history if "eval_w4_accuracy" in log]
+    assert last and last[0]["eval_w4_accuracy"] == robust.sweep_callback.sweeps[0].value("w4")
+
+
+def test_stock_trainer_without_calibration_is_refused(tmp_path):
+    model = bert()
+    trainer = Trainer(
+        model=model, args=arguments(tmp_path), train_dataset=text(), callbacks=[RobustQCallback(RobustQ(model, KURE))]
+    )
+    with pytest.raises(RuntimeError, match="calibrate"):
+        trainer.train()
+
+
+class Learned(regularizers.Regularizer):
+    """A regularizer with a parameter of its own: (mean w^2 - theta)^2."""
+
+    def __init__(self):
+        super().__init__()
+        self.theta = nn.Parameter(torch.ones(1))
+
+    def penalty(self, w, *theta):
+        return ((w**2).mean() - theta[0].squeeze()) ** 2
+
+
+@pytest.fixture
+def learned(monkeypatch):
+    monkeypatch.setitem(regularizers.REGULARIZERS, "learned", Learned)
+    return RobustQConfig.from_dict({"regularizers": {"learned": {}}, "calibration_samples": 8})
+
+
+def test_learned_parameters_are_not_decayed_by_the_mixin_and_are_warned_of_on_a_stock_trainer(tmp_path, learned):
+    args = arguments(tmp_path, weight_decay=0.5)
+    trainer = RobustTrainer(model=bert(), args=args, train_dataset=text(), robustq=learned, sweep=())
+    trainer.create_optimizer()
+    own = {id(p) for p in trainer.robustq.own_parameters().values()}
+    decayed = {id(p) for g in trainer.optimizer.param_groups if g["weight_decay"] for p in g["params"]}
+    listed = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert own and own <= listed and not own & decayed
+
+    model = bert()
+    plugin = RobustQ(model, learned)
+    plugin.calibrate([tokens(labels=3)], lambda model, batch: model(**batch))
+    stock = Trainer(model=model, args=args, train_dataset=text(), callbacks=[RobustQCallback(plugin)])
+    with pytest.warns(UserWarning, match="weight decay acts on learned quantizer parameters"):
+        stock.train()
+
+
+def test_learned_parameters_get_the_gradient_of_their_penalty(tmp_path, learned):
+    model = bert()
+    trainer = RobustTrainer(model=model, args=arguments(tmp_path), train_dataset=text(), robustq=learned, sweep=())
+    trainer.train()
+    theta = [p.item() for p in trainer.robustq.own_parameters().values()]
+    assert all(value < 1.0 for value in theta)
+
+
+def test_mixin_on_seq2seq_trainer(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    class RobustSeq2SeqTrainer(RobustQMixin, Seq2SeqTrainer):
+        pass
+
+    config = T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0, dropout_rate=0.0
+    )
+    model = T5ForConditionalGeneration(config)
+    args = Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, predict_with_generate=True,
+        eval_strategy="epoch", num_train_epochs=1, save_strategy="no", generation_max_length=6,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    data = Rows(tokens(batch=8))
+
+    def exact(prediction):
+        return {"exact": float((prediction.predictions[:, 1:2] == prediction.label_ids[:, :1]).mean())}
+
+    trainer = RobustSeq2SeqTrainer(
+        model=model, args=args, train_dataset=data, eval_dataset=data, robustq=KURE, sweep=["fp", "w4"], compute_metrics=exact
+    )
+    trainer.train()
+    assert "eval_w4_exact" in {key for log in trainer.state.log_history for key in log}
+
+
+def test_model_init_and_a_config(tmp_path):
+    trainer = RobustTrainer(model_init=lambda: bert(), args=arguments(tmp_path), train_dataset=text(), robustq=KURE, sweep=())
+    trainer.train()
+    assert trainer.robustq.model is trainer.model and trainer.robustq.calibrated
+    assert trainer.robustq_callback.plugin is trainer.robustq
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"name": "step", "every": 2}, [1, 1, 0.1, 0.1, 0.01]),
+        ({"name": "exponential"}, [1, 0.98, 0.98**2, 0.98**3, 0.98**4]),
+        ({"name": "cosine_steps", "every": 3}, [(1 + np.cos(np.pi * e / 5)) / 2 * (1 if e < 3 else 0.1) for e in range(5)]),
+    ],
+)
+def test_learning_rate_schedules_by_epoch(tmp_path, schedule, expected):
+    args = arguments(tmp_path, num_train_epochs=5, learning_rate=1.0)
+    trainer = RobustTrainer(
+        model=bert(), args=args, train_dataset=text(), robustq=RobustQConfig(calibration_samples=8), sweep=(), lr_schedule=schedule
+    )
+    rates = []
+
+    class Look(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            rates.append(kwargs["lr_scheduler"].get_last_lr()[0])
+
+    trainer.add_callback(Look())
+    trainer.train()
+    assert rates == pytest.approx(expected)
+
+
+def test_unknown_schedules_and_options_are_refused(tmp_path):
+    for schedule, message in (({"name": "stpe"}, "did you mean 'step'"), ({"name": "step", "evry": 3}, "did you mean 'every'")):
+        with pytest.raises(ValueError, match=message):
+            RobustTrainer(model=bert(), args=arguments(tmp_path), robustq=KURE, lr_schedule=schedule)
+
+
+class Poison(TrainerCallback):
+    """Puts a NaN into one weight before a step."""
+
+    def __init__(self, site, step):
+        self.site, self.step = site, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.site.parameter.data.view(-1)[3] = float("nan")
+
+
+@pytest.mark.parametrize(("logging", "saving", "stopped", "kept"), [(5, 3, 5, 3), (100, 2, 4, 2)])
+def test_a_non_finite_weight_stops_at_the_next_log_or_save_and_names_the_layer(tmp_path, logging, saving, stopped, kept):
+    from safetensors.torch import load_file
+
+    model = bert()
+    plugin = RobustQ(model, KURE)
+    site = plugin.sites[4]
+    args = arguments(tmp_path, max_steps=9, logging_steps=logging, save_strategy="steps", save_steps=saving)
+    trainer = RobustTrainer(
+        model=model, args=args, train_dataset=text(), robustq=plugin, sweep=(), callbacks=[Poison(site, 3)]
+    )
+    with pytest.raises(FloatingPointError, match=f"non-finite values in {site.name} since step 3"):
+        trainer.train()
+    assert trainer.state.global_step == stopped
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{kept}"]
+    saved = load_file(tmp_path / f"checkpoint-{kept}" / "model.safetensors")
+    assert all(bool(t.isfinite().all()) for t in saved.values())
+    with pytest.raises(FloatingPointError):
+        trainer.save_model(str(tmp_path / "final"))
+    assert not (tmp_path / "final").exists()
+
+
+def test_data_parallel_is_refused_with_the_launch_command(tmp_path):
+    args = arguments(tmp_path)
+    model = bert()
+    trainer = RobustTrainer(model=model, args=args, train_dataset=text(), robustq=KURE, sweep=())
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="accelerate launch"):
+        trainer.train()
+    with pytest.raises(ValueError, match="accelerate launch"):
+        RobustTrainer(model=bert(), args=args, train_dataset=text(), robustq=KURE, sweep=())
+
+
+def test_sweep_misuse_is_refused_in_a_line(tmp_path):
+    def build(model=None, args=None, **options):
+        model = model or bert()
+        return RobustTrainer(
+            model=model, args=args or arguments(tmp_path), train_dataset=text(), eval_dataset=text(6), robustq=KURE, **options
+        )
+
+    with pytest.raises(ValueError, match="every must be at least 1"):
+        build(sweep_options={"every": 0})
+    with pytest.raises(ValueError, match="batch_eval_metrics"):
+        build(args=arguments(tmp_path, batch_eval_metrics=True))
+    with pytest.raises(ValueError, match="cannot read setting 'x4'"):
+        build(sweep=["x4"])
+    with pytest.raises(ValueError, match="another model"):
+        RobustTrainer(model=bert(), args=arguments(tmp_path), robustq=RobustQ(bert(), KURE))
+    two = build(compute_metrics=lambda p: {"f1": 0.5, "em": 0.2}, sweep=["w4"])
+    with pytest.raises(ValueError, match="pass metric= one of f1, em"):
+        two.evaluate()
