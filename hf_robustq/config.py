@@ -162,7 +162,9 @@ def _nested(cls: type[Any], where: str, values: Any) -> Any:
     given = {key: value for key, value in values.items() if key in own}
     options = {key: value for key, value in values.items() if key not in own}
     check_known(options, [*option_names(table[method]), *own], f"key of {method}")
-    missing = [f.name for f in fields(cls) if f.name not in given and f.default is MISSING and f.default_factory is MISSING]
+    missing = [
+        f.name for f in fields(cls) if f.name not in given and f.default is MISSING and f.default_factory is MISSING
+    ]
     if missing:
         raise ValueError(f"{where}: {missing[0]} is missing")
     return cls(**{**given, "options": {**given.get("options", {}), **options}})

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def fused(eager: Callable[..., Any]) -> Callable[..., Any]:
             compiled = torch.compile(eager, dynamic=True, fullgraph=True)
         try:
             return compiled(x, *rest)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except TorchDynamoException as error:
             broken = True
             reason = str(error).strip().splitlines()[0]
             logger.warning("No fused kernel for %s, using the eager one: %s", eager.__name__, reason)

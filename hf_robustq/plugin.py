@@ -44,7 +44,9 @@ class RobustQ:
         touch_edges = config.first_last != "float"
         self.sites, self.left_out = find_sites(model, config.include, config.exclude, touch_edges, config.embeddings)
         if not self.sites:
-            reasons = "; ".join(f"{one.name}: {one.reason}" for one in self.left_out) or "no Linear or convolution in it"
+            reasons = (
+                "; ".join(f"{one.name}: {one.reason}" for one in self.left_out) or "no Linear or convolution in it"
+            )
             raise ValueError(f"no weight to work on in this model ({reasons})")
         for pattern in config.weights_only:
             if not any(fnmatchcase(site.name, pattern) for site in self.sites):
@@ -117,7 +119,10 @@ class RobustQ:
         """
         self.observe(batches, forward)
         weights, activations = self.config.weights, self.config.activations
-        rules = {"weights": weights.scale if weights else "mse", "activations": activations.scale if activations else "mse"}
+        rules = {
+            "weights": weights.scale if weights else "mse",
+            "activations": activations.scale if activations else "mse",
+        }
         calibration.initialize(self.sites, rules)
         self.calibrated = True
 
@@ -236,4 +241,3 @@ class RobustQ:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines += [f"left out: {one.name}: {one.reason}" for one in self.left_out]
         return "\n".join(lines)
-

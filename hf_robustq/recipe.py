@@ -1,4 +1,4 @@
-"""What every recipe begins and ends with: presets under the command line, an output folder nobody loses, a last line."""
+"""What every recipe begins and ends with: presets under the flags, an output folder nobody loses, a last line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parse(arguments: type[Any], configs: Path, prefix: str, argv: Sequence[str] 
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser([arguments, TrainingArguments])  # type: ignore[arg-type]
-    preset = next((f.default for f in dataclasses.fields(arguments) if f.name == "preset"), None)
+    preset = str(next(f.default for f in dataclasses.fields(arguments) if f.name == "preset"))
     for index, word in enumerate(argv):
         if word == "--preset" and index + 1 < len(argv):
             preset = argv[index + 1]
@@ -38,7 +38,8 @@ def parse(arguments: type[Any], configs: Path, prefix: str, argv: Sequence[str] 
     defaults = yaml.safe_load((configs / f"{prefix}_{preset}.yaml").read_text(encoding="utf-8")) or {}
     fields = [f.name for kind in (arguments, TrainingArguments) for f in dataclasses.fields(kind) if f.init]
     check_known(defaults, fields, f"key in {prefix}_{preset}.yaml")
-    parser.set_defaults(**defaults)
+    gpu = torch.accelerator.is_available()
+    parser.set_defaults(**{"use_cpu": not gpu, "dataloader_pin_memory": gpu, **defaults})
     return parser.parse_args_into_dataclasses(argv)  # type: ignore[return-value]
 
 
@@ -55,7 +56,9 @@ def open_output(folder: str | Path, resume: bool, overwrite: bool) -> str | None
         return None
     if resume:
         return get_last_checkpoint(str(folder))
-    raise ValueError(f"{folder} is not empty: add --overwrite to delete it, --resume to go on, or name another --output_dir")
+    raise ValueError(
+        f"{folder} is not empty: add --overwrite to delete it, --resume to go on, or name another --output_dir"
+    )
 
 
 def fast_bf16() -> bool:
@@ -74,4 +77,5 @@ def report(results: Mapping[str, Sweep], metric: str, folder: str | Path, settin
     facts = ", ".join(f"{key} {value}" for key, value in settings.items())
     (folder / "results.md").write_text(f"{text}\n\n{facts}\n", encoding="utf-8")
     places = ", ".join(str(folder / name) for name in results)
-    return f"\n{text}\n\nSettings: {facts}\nTable and curves: {folder}/results.md, {folder}/robustness.png; models: {places}"
+    where = f"Table and curves: {folder}/results.md, {folder}/robustness.png; models: {places}"
+    return f"\n{text}\n\nSettings: {facts}\n{where}"

@@ -38,7 +38,7 @@ OUTPUT_AXIS: dict[type[nn.Module], int] = {
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Where: a module and one of its tensors. `name` is the parameter's name in the model, `axis` its output channels."""
+    """Where: a module and one of its tensors; `name` is the parameter's in the model, `axis` its output channels."""
 
     name: str
     module: nn.Module
@@ -98,7 +98,9 @@ def staged_class(cls: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Modu
     return type(cls.__name__, (cls,), {**body, "forward": forward, "__module__": cls.__module__, "_unstaged": cls})
 
 
-def attach(site: Site, weight_stages: dict[str, nn.Module], activation_stages: dict[str, nn.Module] | None = None) -> None:
+def attach(
+    site: Site, weight_stages: dict[str, nn.Module], activation_stages: dict[str, nn.Module] | None = None
+) -> None:
     """Put stages between the parameter and its reader, and between the module and its input.
 
     `activation_stages=None` leaves the input alone. Raises `ValueError` for a sharded parameter: attach
@@ -255,7 +257,8 @@ def refuse_wrapped(model: nn.Module) -> None:
     kind = type(model).__name__
     if isinstance(model, nn.DataParallel):
         raise ValueError(
-            "nn.DataParallel cannot work with staged weights: start one process per GPU with `accelerate launch <script>`"
+            "nn.DataParallel cannot work with staged weights: "
+            "start one process per GPU with `accelerate launch <script>`"
         )
     wrapped = isinstance(model, nn.parallel.DistributedDataParallel) or kind in (
         "FullyShardedDataParallel",

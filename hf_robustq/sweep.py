@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ Metric = Callable[[list[Any]], Mapping[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way to quantize a model for evaluation, written `fp`, `trained`, `w4`, `w4a8`, `w4@absmax` or `w4@mse/channel`.
+    """One way to quantize a model for evaluation: `fp`, `trained`, `w4`, `w4a8`, `w4@absmax` or `w4@mse/channel`.
 
     weights, activations   storage bits; None: float
     scale                  a name of `SCALE_RULES`
@@ -77,7 +78,7 @@ class Setting:
         return re.sub(r"[@/]", "_", self.name)
 
 
-DEFAULT_SETTINGS = tuple(Setting.parse(s) for s in "fp w8 w6 w5 w4 w3 w2 w8a8 w6a6 w4a4".split())
+DEFAULT_SETTINGS = tuple(Setting.parse(s) for s in ["fp", "w8", "w6", "w5", "w4", "w3", "w2", "w8a8", "w6a6", "w4a4"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ def robustness(rows: Iterable[Row], metric: str) -> float | None:
     points = sorted((row.weights, row.metrics[metric]) for row in rows if row.weights and not row.activations)
     if len({bits for bits, _ in points}) < 2:
         return None
-    area = sum((b1 - b0) * (v0 + v1) / 2 for (b0, v0), (b1, v1) in zip(points, points[1:], strict=False))
+    area = sum((b1 - b0) * (v0 + v1) / 2 for (b0, v0), (b1, v1) in itertools.pairwise(points))
     return area / (points[-1][0] - points[0][0])
 
 
@@ -175,7 +176,7 @@ class Steps:
 
 @contextmanager
 def quantized(plugin: RobustQ, setting: Setting, steps: Steps) -> Iterator[None]:
-    """The model as `setting` says; afterwards as before, to the bit. Weights are quantized once, at their first read."""
+    """The model as `setting` says, each weight quantized at its first read; afterwards as before, to the bit."""
     if setting.trained:
         yield
         return

@@ -52,7 +52,8 @@ class FiniteWatch:
             stored = site.parameter
             stored = stored.to_local() if isinstance(stored, DTensor) else getattr(stored, "ds_tensor", stored)
             shards.append(stored.detach())
-        finite = torch.isfinite(torch.stack(torch._foreach_norm(shards)))
+        norms = torch._foreach_norm(shards)  # pyright: ignore[reportPrivateImportUsage]
+        finite = torch.isfinite(torch.stack(norms))
         if self.since is None or self.since.device != finite.device:
             self.since = torch.full((len(shards),), NEVER, device=finite.device)
         self.since = torch.where(finite | (self.since != NEVER), self.since, step)

@@ -1,4 +1,4 @@
-"""KURE on an image classifier, with a bit-width sweep at every epoch (arXiv 2002.07686, Tables 1 and 3 of its supplement).
+"""KURE on an image classifier, with a bit-width sweep at every epoch (arXiv 2002.07686, supplement, Tables 1 and 3).
 
 Without arguments: a timm ResNet-50 on scikit-learn's handwritten digits, without and with KURE.
 
@@ -40,7 +40,7 @@ class RecipeArguments:
     kure_strength: float = 1.0
     kure_target: float = 1.8
     lr_step_epochs: int | None = field(default=None, metadata={"help": "divide the learning rate by 10 every n epochs"})
-    sweep: list[str] = field(default_factory=lambda: "fp w8 w6 w5 w4 w3 w2 w8a8 w6a6 w4a4".split())
+    sweep: list[str] = field(default_factory=lambda: ["fp", "w8", "w6", "w5", "w4", "w3", "w2", "w8a8", "w6a6", "w4a4"])
     overwrite: bool = field(default=False, metadata={"help": "delete what the output folder holds"})
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in the output folder"})
     fast_dtype: bool = field(default=False, metadata={"help": "bf16 where this machine is faster with it"})
@@ -108,9 +108,7 @@ def main() -> None:
     for variant in recipe.variants:
         regularizers = kure if variant == "with" else {}
         name = f"{variant}_kure"
-        trainer = fit(
-            name, copy.deepcopy(model), regularizers, args.num_train_epochs, args.learning_rate, recipe.sweep
-        )
+        trainer = fit(name, copy.deepcopy(model), regularizers, args.num_train_epochs, args.learning_rate, recipe.sweep)
         results[name] = trainer.sweep_callback.sweeps[-1]
         kurtosis = trainer.robustq.metrics()["kurtosis"]
         print(f"{name}: mean kurtosis {kurtosis:.2f}")

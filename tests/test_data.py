@@ -95,9 +95,7 @@ def test_draws_are_splitmix64(seed: int, epoch: int) -> None:
 def test_splitmix64_known_outputs() -> None:
     # Seed 1234567 of Rosetta Code, "Pseudo-random numbers/Splitmix64".
     state = np.array([1234567], np.uint64)
-    outputs = [
-        int(splitmix._mix(state + np.array([k * splitmix.GAMMA % 2**64], np.uint64))[0]) for k in (1, 2)
-    ]
+    outputs = [int(splitmix._mix(state + np.array([k * splitmix.GAMMA % 2**64], np.uint64))[0]) for k in (1, 2)]
     assert outputs == [6457827717110365317, 3203168211198807973]
 
 
@@ -170,9 +168,7 @@ def test_batches_do_not_matter() -> None:
 def test_persistent_workers_follow_the_epoch(context: str) -> None:
     dataset = images(20)
     alone = DataLoader(dataset, batch_size=6)
-    workers = DataLoader(
-        dataset, batch_size=6, num_workers=2, persistent_workers=True, multiprocessing_context=context
-    )
+    workers = DataLoader(dataset, batch_size=6, num_workers=2, persistent_workers=True, multiprocessing_context=context)
     epochs = []
     for epoch in (0, 3, 0):
         dataset.set_epoch(epoch)
@@ -221,9 +217,7 @@ def test_iteration_ends() -> None:
 )
 def test_bad_labels(labels: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ImageDataset(
-            torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor(labels), num_labels=2, mean=MEAN, std=STD
-        )
+        ImageDataset(torch.zeros(3, 3, 8, 8, dtype=torch.uint8), torch.tensor(labels), num_labels=2, mean=MEAN, std=STD)
 
 
 # --- decoding
@@ -286,9 +280,7 @@ def test_lazy_workers_agree() -> None:
     workers = DataLoader(dataset, batch_size=2, num_workers=2, persistent_workers=True)
     for epoch in (0, 1):
         dataset.set_epoch(epoch)
-        assert torch.equal(
-            torch.cat([batch["pixel_values"] for batch in workers]), stacked(dataset, range(6))
-        )
+        assert torch.equal(torch.cat([batch["pixel_values"] for batch in workers]), stacked(dataset, range(6)))
 
 
 def test_lazy_checks_labels_and_interpolation() -> None:
@@ -361,9 +353,7 @@ def test_image_folder(tmp_path: Path, split: str) -> None:
 
 def test_no_evaluation_split(tmp_path: Path) -> None:
     table().to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
-    with pytest.raises(
-        ValueError, match="none of the splits validation, valid, test.*--eval_split from train"
-    ):
+    with pytest.raises(ValueError, match="none of the splits validation, valid, test.*--eval_split from train"):
         load_image_splits(str(tmp_path / "data"))
 
 

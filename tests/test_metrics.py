@@ -19,9 +19,7 @@ def random_case(*shape: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("shape", [(200,), (20, 7)])
 def test_compute_accuracy_is_sklearns(shape: tuple[int, ...]) -> None:
     logits, labels = random_case(*shape)
-    expected = {
-        "accuracy": pytest.approx(accuracy_score(labels.ravel(), logits.argmax(-1).ravel()), abs=1e-12)
-    }
+    expected = {"accuracy": pytest.approx(accuracy_score(labels.ravel(), logits.argmax(-1).ravel()), abs=1e-12)}
     assert compute_accuracy(EvalPrediction(logits, labels)) == expected
     assert compute_accuracy(EvalPrediction((logits, "hidden states"), labels)) == expected
 

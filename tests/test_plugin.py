@@ -128,7 +128,7 @@ def test_fp16_with_a_scaler_gives_the_gradient_of_float32():
 
 @pytest.mark.parametrize(("micro", "batch"), [(1, 8), (4, 2), (2, 4)])
 def test_plain_accelerate_loop_gives_the_same_weights_whatever_the_accumulation(micro, batch):
-    """Five optimizer steps of 8 samples, in `micro` micro-batches, against one plain loop with the penalty in the loss."""
+    """Five steps of 8 samples in `micro` micro-batches, against one plain loop with the penalty in the loss."""
     torch.manual_seed(0)
     x, y = torch.randn(40, 6), torch.randint(0, 3, (40,))
     model = mlp()

@@ -123,7 +123,12 @@ def test_an_interrupted_run_resumed_ends_with_exactly_the_same_weights(tmp_path,
             "calibration_samples": 8,
         }
         args = arguments(
-            folder, num_train_epochs=3, save_strategy="steps", save_steps=2, eval_strategy="epoch", optim_args="momentum=0.9"
+            folder,
+            num_train_epochs=3,
+            save_strategy="steps",
+            save_steps=2,
+            eval_strategy="epoch",
+            optim_args="momentum=0.9",
         )
         return RobustTrainer(
             model=resnet(), args=args, train_dataset=pictures(), eval_dataset=pictures(8).evaluation(), robustq=config,
@@ -160,7 +165,11 @@ def test_a_sweep_does_not_change_the_training(tmp_path):
 
 def test_sweep_rows_are_logged_saved_and_usable_to_choose_the_best(tmp_path):
     args = arguments(
-        tmp_path, num_train_epochs=2, eval_strategy="epoch", save_strategy="best", metric_for_best_model="eval_robustness"
+        tmp_path,
+        num_train_epochs=2,
+        eval_strategy="epoch",
+        save_strategy="best",
+        metric_for_best_model="eval_robustness",
     )
     trainer = RobustTrainer(
         model=bert(), args=args, train_dataset=text(), eval_dataset=text(10), robustq=KURE,
@@ -290,7 +299,14 @@ def test_mixin_on_seq2seq_trainer(tmp_path):
         pass
 
     config = T5Config(
-        vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, decoder_start_token_id=0, dropout_rate=0.0
+        vocab_size=50,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
+        dropout_rate=0.0,
     )
     model = T5ForConditionalGeneration(config)
     args = Seq2SeqTrainingArguments(
@@ -304,14 +320,22 @@ def test_mixin_on_seq2seq_trainer(tmp_path):
         return {"exact": float((prediction.predictions[:, 1:2] == prediction.label_ids[:, :1]).mean())}
 
     trainer = RobustSeq2SeqTrainer(
-        model=model, args=args, train_dataset=data, eval_dataset=data, robustq=KURE, sweep=["fp", "w4"], compute_metrics=exact
+        model=model,
+        args=args,
+        train_dataset=data,
+        eval_dataset=data,
+        robustq=KURE,
+        sweep=["fp", "w4"],
+        compute_metrics=exact,
     )
     trainer.train()
     assert "eval_w4_exact" in {key for log in trainer.state.log_history for key in log}
 
 
 def test_model_init_and_a_config(tmp_path):
-    trainer = RobustTrainer(model_init=lambda: bert(), args=arguments(tmp_path), train_dataset=text(), robustq=KURE, sweep=())
+    trainer = RobustTrainer(
+        model_init=lambda: bert(), args=arguments(tmp_path), train_dataset=text(), robustq=KURE, sweep=()
+    )
     trainer.train()
     assert trainer.robustq.model is trainer.model and trainer.robustq.calibrated
     assert trainer.robustq_callback.plugin is trainer.robustq
@@ -322,13 +346,21 @@ def test_model_init_and_a_config(tmp_path):
     [
         ({"name": "step", "every": 2}, [1, 1, 0.1, 0.1, 0.01]),
         ({"name": "exponential"}, [1, 0.98, 0.98**2, 0.98**3, 0.98**4]),
-        ({"name": "cosine_steps", "every": 3}, [(1 + np.cos(np.pi * e / 5)) / 2 * (1 if e < 3 else 0.1) for e in range(5)]),
+        (
+            {"name": "cosine_steps", "every": 3},
+            [(1 + np.cos(np.pi * e / 5)) / 2 * (1 if e < 3 else 0.1) for e in range(5)],
+        ),
     ],
 )
 def test_learning_rate_schedules_by_epoch(tmp_path, schedule, expected):
     args = arguments(tmp_path, num_train_epochs=5, learning_rate=1.0)
     trainer = RobustTrainer(
-        model=bert(), args=args, train_dataset=text(), robustq=RobustQConfig(calibration_samples=8), sweep=(), lr_schedule=schedule
+        model=bert(),
+        args=args,
+        train_dataset=text(),
+        robustq=RobustQConfig(calibration_samples=8),
+        sweep=(),
+        lr_schedule=schedule,
     )
     rates = []
 
@@ -342,7 +374,10 @@ def test_learning_rate_schedules_by_epoch(tmp_path, schedule, expected):
 
 
 def test_unknown_schedules_and_options_are_refused(tmp_path):
-    for schedule, message in (({"name": "stpe"}, "did you mean 'step'"), ({"name": "step", "evry": 3}, "did you mean 'every'")):
+    for schedule, message in (
+        ({"name": "stpe"}, "did you mean 'step'"),
+        ({"name": "step", "evry": 3}, "did you mean 'every'"),
+    ):
         with pytest.raises(ValueError, match=message):
             RobustTrainer(model=bert(), args=arguments(tmp_path), robustq=KURE, lr_schedule=schedule)
 
@@ -359,7 +394,9 @@ class Poison(TrainerCallback):
 
 
 @pytest.mark.parametrize(("logging", "saving", "stopped", "kept"), [(5, 3, 5, 3), (100, 2, 4, 2)])
-def test_a_non_finite_weight_stops_at_the_next_log_or_save_and_names_the_layer(tmp_path, logging, saving, stopped, kept):
+def test_a_non_finite_weight_stops_at_the_next_log_or_save_and_names_the_layer(
+    tmp_path, logging, saving, stopped, kept
+):
     from safetensors.torch import load_file
 
     model = bert()
@@ -395,7 +432,12 @@ def test_sweep_misuse_is_refused_in_a_line(tmp_path):
     def build(model=None, args=None, **options):
         model = model or bert()
         return RobustTrainer(
-            model=model, args=args or arguments(tmp_path), train_dataset=text(), eval_dataset=text(6), robustq=KURE, **options
+            model=model,
+            args=args or arguments(tmp_path),
+            train_dataset=text(),
+            eval_dataset=text(6),
+            robustq=KURE,
+            **options,
         )
 
     with pytest.raises(ValueError, match="every must be at least 1"):

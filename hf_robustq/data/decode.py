@@ -25,7 +25,7 @@ def decode_images(
     images: Tensor | None = None
     column = plain.select_columns([image])
     for index, row in enumerate(tqdm(column, desc="decoding images", disable=None)):
-        picture = row[image].convert("RGB")
+        picture = dict(row)[image].convert("RGB")
         if image_size is not None:
             picture = picture.resize((image_size, image_size), Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)

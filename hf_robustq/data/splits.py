@@ -15,9 +15,7 @@ IN_MEMORY_SIZE = 64
 EVAL_SPLITS = ("validation", "valid", "test")
 
 
-def find_columns(
-    features: "datasets.Features", image: str | None = None, label: str | None = None
-) -> tuple[str, str]:
+def find_columns(features: "datasets.Features", image: str | None = None, label: str | None = None) -> tuple[str, str]:
     """The names of the image column (type Image) and of the label column (ClassLabel, else the one integer).
 
     `image` and `label` name them instead. Raises ValueError, listing all columns, if a column is missing,
@@ -80,9 +78,7 @@ def load_image_splits(
     for split, flag in ((train_split, "--train_split"), (eval_split, "--eval_split")):
         if split not in splits:
             missing = f"no split {split!r}" if split else f"none of the splits {', '.join(EVAL_SPLITS)}"
-            raise ValueError(
-                f"{name_or_folder} has {missing}: choose with {flag} from {', '.join(map(str, splits))}."
-            )
+            raise ValueError(f"{name_or_folder} has {missing}: choose with {flag} from {', '.join(map(str, splits))}.")
     train, evaluation = splits[train_split], splits[eval_split]
     image, label = find_columns(train.features, image, label)
     find_columns(evaluation.features, image, label)

@@ -56,7 +56,8 @@ def _timm_wrapper(architecture: str, num_labels: int, options: Mapping[str, Any]
     from transformers import TimmWrapperForImageClassification
     from transformers.models.timm_wrapper import TimmWrapperConfig
 
-    config = TimmWrapperConfig(architecture=architecture, num_labels=num_labels, model_args=dict(options) or None)
+    settings = {"architecture": architecture, "num_labels": num_labels, "model_args": dict(options) or None}
+    config = TimmWrapperConfig(**settings)
     wrapped = TimmWrapperForImageClassification(config)
     # The wrapper draws every weight anew from N(0, 0.02); timm's own initialisation is the architecture's.
     wrapped.timm_model.load_state_dict(timm.create_model(architecture, num_classes=num_labels, **options).state_dict())

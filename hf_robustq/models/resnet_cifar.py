@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import create_classifier
+from timm.layers.classifier import create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
@@ -55,9 +55,7 @@ class ResNetCifar(nn.Module):
     The methods are those timm and transformers' TimmWrapper call. Raises ValueError if depth is not 6n + 2.
     """
 
-    def __init__(
-        self, depth: int, num_classes: int = 10, in_chans: int = 3, global_pool: str = "avg"
-    ) -> None:
+    def __init__(self, depth: int, num_classes: int = 10, in_chans: int = 3, global_pool: str = "avg") -> None:
         super().__init__()
         blocks, remainder = divmod(depth - 2, 6)
         if remainder or blocks < 1:
@@ -83,7 +81,7 @@ class ResNetCifar(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
         self.num_classes = num_classes
         head = create_classifier(self.num_features, num_classes, pool_type=global_pool)
-        self.global_pool, self.linear = head
+        self.global_pool, self.linear = head[0], head[-1]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable

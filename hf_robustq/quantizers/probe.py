@@ -55,7 +55,8 @@ class Probe(Stage):
 
     def sample(self) -> Sample:
         """What has been observed since `forget`."""
-        assert self.counts is not None, "nothing observed"
+        if self.counts is None:
+            raise ValueError(f"nothing is known of {self.name}: call plugin.observe(batches, forward) on training data")
         return Sample.of_histogram(self.counts, self.bound, self.minimum, self.maximum)
 
     def off(self) -> None:

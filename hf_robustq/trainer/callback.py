@@ -1,0 +1,71 @@
+"""The callback that drives a `RobustQ` on any Trainer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from hf_robustq.plugin import RobustQ
+
+
+class RobustQCallback(TrainerCallback):
+    """Drives a `RobustQ` on any Trainer: strengths at every step, a stop before anything non-finite is saved.
+
+    On a stock Trainer, calibrate first and build the optimizer from `plugin.parameter_groups` where steps
+    are learned. `RobustTrainer` does both by itself.
+    """
+
+    def __init__(self, plugin: RobustQ) -> None:
+        self.plugin = plugin
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        if isinstance(kwargs.get("model"), torch.nn.DataParallel) or args.n_gpu > 1:
+            raise ValueError(several_gpus(args.n_gpu))
+        if not self.plugin.calibrated:
+            raise RuntimeError("call plugin.calibrate(batches, forward) before trainer.train(), or use RobustTrainer")
+        own = {id(p) for p in self.plugin.own_parameters().values()}
+        optimizer = kwargs.get("optimizer")
+        for group in getattr(optimizer, "param_groups", ()):
+            if group.get("weight_decay") and any(id(p) in own for p in group["params"]):
+                warnings.warn(
+                    "weight decay acts on learned quantizer parameters and pulls them to zero: use RobustTrainer, "
+                    "or pass optimizers=(an optimizer of plugin.parameter_groups(weight_decay), None)",
+                    stacklevel=2,
+                )
+                break
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(math.floor((state.epoch or 0) + 1e-6))  # type: ignore[union-attr]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+        self.plugin.step(state.global_step / max(state.max_steps, 1), first=True, scaler=scaler)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self.plugin.end_micro_batch()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self.plugin.watch.look(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        if control.should_log or control.should_save or control.should_evaluate:
+            self.plugin.watch.check(state.global_step)
+
+    on_epoch_end = on_step_end
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self.plugin.end_micro_batch()
+        self.plugin.watch.check(state.global_step)
+
+
+def several_gpus(count: int) -> str:
+    return (
+        f"{count} GPUs and one process would use nn.DataParallel, which cannot work with staged weights: "
+        "start one process per GPU with `accelerate launch <script>`, or show one GPU with CUDA_VISIBLE_DEVICES=0"
+    )

@@ -1,0 +1,154 @@
+"""`RobustTrainer`, and the mixin that makes any Trainer subclass one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer
+
+from hf_robustq.card import write_card
+from hf_robustq.config import RobustQConfig, check_known
+from hf_robustq.plugin import RobustQ
+from hf_robustq.schedules import LR_SCHEDULES
+from hf_robustq.sweep import DEFAULT_SETTINGS, Setting
+from hf_robustq.trainer.batches import calibration_batches, forward
+from hf_robustq.trainer.callback import RobustQCallback, several_gpus
+from hf_robustq.trainer.sweep_callback import BitWidthSweepCallback
+
+_AnyTrainer = Trainer if TYPE_CHECKING else object
+
+
+class RobustQMixin(_AnyTrainer):
+    """Put before any Trainer class: `class RobustSeq2SeqTrainer(RobustQMixin, Seq2SeqTrainer): ...`
+
+    robustq              a `RobustQ`, or its config (then, and with `model_init`, it is created here)
+    sweep                settings to measure after every evaluation; None: the default ones; (): no sweep
+    sweep_options        what else `BitWidthSweepCallback` takes
+    calibration_dataset  training samples with the evaluation transform; default: `train_dataset`
+    lr_schedule          {"name": one of `LR_SCHEDULES`, and its options}; default: the Trainer's own
+    """
+
+    robustq: RobustQ
+
+    def __init__(
+        self,
+        *args: Any,
+        robustq: RobustQ | RobustQConfig | Mapping[str, Any],
+        sweep: Sequence[Setting | str] | None = None,
+        sweep_options: Mapping[str, Any] | None = None,
+        calibration_dataset: Any = None,
+        lr_schedule: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._robustq_config = robustq.config if isinstance(robustq, RobustQ) else robustq
+        given = robustq if isinstance(robustq, RobustQ) else None
+        self.lr_schedule = dict(lr_schedule) if lr_schedule else None
+        if self.lr_schedule:
+            check_known([self.lr_schedule.get("name")], LR_SCHEDULES, "learning-rate schedule")  # type: ignore[list-item]
+            known = list(inspect.signature(LR_SCHEDULES[self.lr_schedule["name"]]).parameters)[2:]
+            check_known(self.lr_schedule.keys() - {"name"}, known, f"option of {self.lr_schedule['name']}")
+        super().__init__(*args, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(several_gpus(self.args.n_gpu))
+        if given is not None and given.model is not self.model:
+            raise ValueError("robustq belongs to another model: pass the model it was created with")
+        if self.model_init is None:  # else `call_model_init` has created it
+            self.robustq = given or RobustQ(cast(nn.Module, self.model), self._robustq_config)
+        self.calibration_dataset = calibration_dataset
+        self.robustq_callback = RobustQCallback(self.robustq)
+        self.add_callback(self.robustq_callback)
+        self.sweep_callback = None
+        if sweep is None or len(sweep) > 0:
+            options = {"calibration_dataset": calibration_dataset, **(sweep_options or {})}
+            settings = DEFAULT_SETTINGS if sweep is None else sweep
+            self.sweep_callback = BitWidthSweepCallback(self, self.robustq, settings, **options)
+            self.add_callback(self.sweep_callback)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        model = super().call_model_init(trial)
+        self.robustq = RobustQ(model, self._robustq_config)
+        for callback in (getattr(self, "robustq_callback", None), getattr(self, "sweep_callback", None)):
+            if callback is not None:
+                callback.plugin = self.robustq
+        return model
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Calibrate, so that steps are set before the optimizer and the wrapping; then as ever."""
+        if not self.robustq.calibrated:
+            config = self.robustq.config
+            dataset = self.calibration_dataset if self.calibration_dataset is not None else self.train_dataset
+            batches = calibration_batches(self, dataset, config.calibration_samples, config.seed)
+            self.robustq.calibrate(batches, forward(self))
+        return super().create_optimizer(*args, **kwargs)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """The Trainer's own choice, less everything the stages learn."""
+        own = set(self.robustq.own_parameters())
+        return [name for name in super().get_decay_parameter_names(model) if name not in own]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's own scheduler, or `lr_schedule` by the epoch, after a linear warm-up if there is one."""
+        if self.lr_schedule is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            options = {key: value for key, value in self.lr_schedule.items() if key != "name"}
+            schedule, epochs = LR_SCHEDULES[self.lr_schedule["name"]], self.args.num_train_epochs
+            warmup = self.args.get_warmup_steps(num_training_steps)
+
+            def factor(step: int) -> float:
+                ramp = min(1.0, step / warmup) if warmup else 1.0
+                return ramp * schedule(step * epochs / num_training_steps, epochs, **options)
+
+            self.lr_scheduler = LambdaLR(cast(Any, self.optimizer if optimizer is None else optimizer), factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Training logs also carry the mean kurtosis and each penalty; the loss stays the task's."""
+        if "loss" in logs:
+            logs.update(self.robustq.metrics())
+        super().log(logs, *args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        self.robustq.watch.check(self.state.global_step)
+        super().save_model(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """A card that says how the model does at each bit-width; the Trainer's own where nothing was swept.
+
+        Of the arguments, `license`, `finetuned_from` and `dataset` are used.
+        """
+        if self.sweep_callback is None or not self.sweep_callback.sweeps:
+            return super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            sweeps = self.sweep_callback.sweeps
+            write_card(
+                str(self.args.output_dir),
+                self.robustq.config.to_dict(),
+                sweeps,
+                self.sweep_callback.main_metric(sweeps[-1].rows)[0],
+                seed=self.args.seed,
+                base_model=kwargs.get("finetuned_from"),
+                dataset=kwargs.get("dataset"),
+                license=kwargs.get("license"),
+                settings=training_settings(self.args, self.lr_schedule),
+            )
+        return None
+
+
+class RobustTrainer(RobustQMixin, Trainer):
+    """`Trainer` with a `RobustQ`: calibrates by itself, sweeps after every evaluation, writes the card."""
+
+
+def training_settings(args: Any, lr_schedule: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The training arguments that a reader needs to repeat the run."""
+    names = ("learning_rate", "weight_decay", "num_train_epochs", "per_device_train_batch_size",
+             "gradient_accumulation_steps", "world_size", "max_grad_norm", "bf16", "fp16")  # fmt: skip
+    settings = {name: getattr(args, name) for name in names}
+    schedule = dict(lr_schedule) if lr_schedule else args.lr_scheduler_type
+    return {"optimizer": f"{args.optim} {args.optim_args or ''}".strip(), **settings, "lr_schedule": str(schedule)}

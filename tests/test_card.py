@@ -1,0 +1,44 @@
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_robustq import RobustQConfig, Sweep
+from hf_robustq.card import plot, table, title, write_card
+from tests.test_sweep import rows
+
+
+@pytest.fixture
+def sweeps():
+    first = Sweep(rows=rows(fp=0.9, w4=0.7, w2=0.1, w4a4=0.6), epoch=1.0, step=5, context={"calibration_samples": 64})
+    last = Sweep(rows=rows(fp=0.91, w4=0.8, w2=0.2, w4a4=0.7), epoch=2.0, step=10, context={"calibration_samples": 64})
+    return [first, last]
+
+
+def test_table_has_a_column_for_each_setting_and_a_row_for_each_sweep(sweeps):
+    lines = table({"without": sweeps[0], "with": sweeps[1]}, "accuracy").splitlines()
+    assert lines[0] == "|  | FP | W4 | W2 | W4/A4 |"
+    assert lines[2] == "| without | 90.00 | 70.00 | 10.00 | 60.00 |"
+    assert lines[3] == "| with | 91.00 | 80.00 | 20.00 | 70.00 |"
+
+
+def test_titles():
+    assert [title(s) for s in ("fp", "trained", "w4", "w4a8", "w3@mse/channel")] == [
+        "FP", "trained", "W4", "W4/A8", "W3 mse/channel",
+    ]  # fmt: skip
+
+
+def test_card_holds_the_last_sweep_the_curve_the_config_the_seed_and_the_versions(tmp_path, sweeps):
+    config = RobustQConfig.from_dict({"regularizers": {"kure": {"target": 1.9}}})
+    path = write_card(tmp_path, config.to_dict(), sweeps, "accuracy", seed=17, base_model="a/b", settings={"epochs": 2})
+    text = path.read_text()
+    assert "| this model | 91.00 | 80.00 | 20.00 | 70.00 |" in text and "| epoch 1 | 90.00 |" in text
+    assert "target: 1.9" in text and "- seed: 17" in text and "- epochs: 2" in text and "- torch: " in text
+    assert "64 training samples" in text and "Not measured" in text
+    assert (tmp_path / "robustq_curve.png").read_bytes().startswith(b"\x89PNG")
+    data = ModelCard.load(path).data
+    assert data.base_model == "a/b" and "robustq" in data.tags
+
+
+def test_plot_without_a_float_row(tmp_path, sweeps):
+    only = Sweep(rows=[row for row in sweeps[0].rows if row.setting != "fp"])
+    plot({"one": only}, "accuracy", tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000

@@ -1,0 +1,91 @@
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import hf_robustq
+
+PACKAGE = Path(hf_robustq.__file__).parent
+
+# What each room may import of the package. A folder stands for its files.
+ALLOWED = {
+    "functional": set(),
+    "grid": set(),
+    "stage": set(),
+    "schedules": set(),
+    "sites": set(),
+    "scales": {"grid", "scales"},
+    "quantizers": {"functional", "grid", "stage", "scales", "quantizers"},
+    "regularizers": {"functional", "stage", "regularizers"},
+    "config": {"grid", "quantizers", "regularizers", "scales", "schedules"},
+    "calibrate": {"grid", "quantizers", "scales", "sites"},
+    "telemetry": {"functional", "regularizers", "sites"},
+    "plugin": {
+        "calibrate", "config", "grid", "quantizers", "regularizers", "schedules", "sites", "telemetry",
+    },
+    "sweep": {"calibrate", "grid", "plugin", "scales", "sites"},
+    "card": {"sweep"},
+    "data": {"data"},
+    "metrics": set(),
+    "models": {"models"},
+    "trainer": {"calibrate", "card", "config", "plugin", "schedules", "sweep", "trainer"},
+    "recipe": {"card", "config", "sweep"},
+}  # fmt: skip
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        if isinstance(node, ast.ImportFrom) and node.module == "hf_robustq":
+            names = [f"hf_robustq.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        yield from names
+
+
+def test_imports_go_one_way():
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        for name in imported(path):
+            if name.startswith("hf_robustq."):
+                assert name.split(".")[1] in ALLOWED[room], f"{path.name} imports {name}"
+
+
+def test_only_the_trainer_imports_the_trainer():
+    for path in PACKAGE.rglob("*.py"):
+        if "trainer" not in path.relative_to(PACKAGE).parts[0]:
+            tree = ast.parse(path.read_text())
+            names = {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
+            assert not names & {"Trainer", "TrainerCallback"}, path
+
+
+def test_importing_the_package_imports_nothing_optional():
+    """Beyond what transformers' own Trainer imports where it is installed."""
+    optional = (
+        "timm",
+        "torchvision",
+        "sklearn",
+        "matplotlib",
+        "datasets",
+        "evaluate",
+        "deepspeed",
+        "onnx",
+        "onnxruntime",
+    )
+    script = (
+        "import sys\n"
+        f"optional = {optional!r}\n"
+        "sys.modules.update(dict.fromkeys(optional))\n"  # None: an import of it fails, as if it were not installed
+        "import hf_robustq, hf_robustq.data, hf_robustq.metrics\n"
+        "assert not [name for name in optional if sys.modules[name]]\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_exists_and_has_a_docstring():
+    for name in hf_robustq.__all__:
+        thing = getattr(hf_robustq, name)
+        assert isinstance(thing, dict) or thing.__doc__, name

@@ -1,0 +1,111 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_robustq.models import image_classifier
+from hf_robustq.recipe import open_output, parse
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "recipes" / "configs"
+sys.path.insert(0, str(ROOT / "recipes"))
+
+from kure_resnet50 import RecipeArguments  # noqa: E402
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_is_headed_by_its_command_and_parses(path):
+    assert path.read_text().startswith("# accelerate launch recipes/")
+    recipe, args = parse(RecipeArguments, CONFIGS, "kure", ["--preset", path.stem.removeprefix("kure_")])
+    values = yaml.safe_load(path.read_text())
+    assert args.learning_rate == values["learning_rate"] and recipe.variants == values.get("variants", ["with"])
+
+
+# architecture: batch size, epochs, learning rate, divide by 10 every n epochs (Tables 1 and 3 of the supplement)
+PAPER = {
+    "imagenet_resnet18": (256, 83, 1e-3, 30),
+    "imagenet": (128, 49, 1e-3, 30),
+    "imagenet_mobilenetv2": (256, 83, 1e-3, 30),
+}
+
+
+@pytest.mark.parametrize("preset", PAPER)
+def test_imagenet_presets_are_the_papers(preset):
+    batch, epochs, rate, every = PAPER[preset]
+    recipe, args = parse(RecipeArguments, CONFIGS, "kure", ["--preset", preset])
+    assert (args.per_device_train_batch_size, args.num_train_epochs, args.learning_rate) == (batch, epochs, rate)
+    assert recipe.lr_step_epochs == every and recipe.kure_strength == 1.0 and recipe.kure_target == 1.8
+    assert args.optim == "sgd" and "momentum=0.9" in args.optim_args and args.weight_decay == 1e-4
+    assert args.max_grad_norm == 0
+
+
+def test_imagenet_alone_is_the_resnet50():
+    recipe, args = parse(RecipeArguments, CONFIGS, "kure", ["--preset", "imagenet"])
+    assert recipe.model_name_or_path == "resnet50.tv_in1k" and args.num_train_epochs == 49
+
+
+def test_flags_win_over_the_preset_and_unknown_ones_are_refused(tmp_path):
+    _, args = parse(RecipeArguments, CONFIGS, "kure", ["--preset=cifar10", "--learning_rate", "0.5"])
+    assert args.learning_rate == 0.5 and args.per_device_train_batch_size == 128
+    with pytest.raises(ValueError, match="unknown preset 'cifar': did you mean 'cifar10'"):
+        parse(RecipeArguments, CONFIGS, "kure", ["--preset", "cifar"])
+    (tmp_path / "kure_odd.yaml").write_text("learning_rat: 1\n")
+    with pytest.raises(ValueError, match="did you mean 'learning_rate'"):
+        parse(RecipeArguments, tmp_path, "kure", ["--preset", "odd"])
+
+
+def test_a_full_output_folder_needs_a_choice(tmp_path):
+    folder = tmp_path / "out"
+    assert open_output(folder, resume=False, overwrite=False) is None
+    (folder / "checkpoint-7").mkdir(parents=True)
+    with pytest.raises(ValueError, match="--overwrite to delete it, --resume to go on"):
+        open_output(folder, resume=False, overwrite=False)
+    assert open_output(folder, resume=True, overwrite=False) == str(folder / "checkpoint-7")
+    assert open_output(folder, resume=False, overwrite=True) is None and not folder.exists()
+
+
+def test_head_and_labels_must_agree(tmp_path):
+    model, source = image_classifier("test_resnet", ["a", "b", "c"])
+    assert source == "random (test_resnet)" and model.config.id2label[2] == "c"
+    model.save_pretrained(tmp_path / "three")
+    again, _ = image_classifier(str(tmp_path / "three"), ["a", "b", "c"])
+    assert again.config.num_labels == 3
+    with pytest.raises(ValueError, match="has 3 outputs but the dataset has 10 labels.*--new_head"):
+        image_classifier(str(tmp_path / "three"), [str(i) for i in range(10)])
+    new, _ = image_classifier(str(tmp_path / "three"), [str(i) for i in range(10)], new_head=True)
+    assert new.timm_model.get_classifier().out_features == 10
+
+
+def test_random_weights_are_timms_own_initialisation():
+    """The transformers wrapper would draw N(0, 0.02) for every layer."""
+    import timm
+
+    ours = image_classifier("resnet18", ["a", "b"])[0].timm_model.layer1[0].conv1.weight.std().item()
+    theirs = timm.create_model("resnet18", num_classes=2).layer1[0].conv1.weight.std().item()
+    assert ours == pytest.approx(theirs, rel=0.05)
+
+
+def run(*arguments, cwd):
+    command = [sys.executable, str(ROOT / "recipes" / "kure_resnet50.py"), "--report_to", "none", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
+
+
+def test_the_recipe_end_to_end_on_a_tiny_net(tmp_path):
+    small = ["--model_name_or_path", "test_resnet", "--max_steps", "3", "--eval_strategy", "no", "--output_dir", "out"]
+    done = run(
+        *small, "--eval_strategy", "steps", "--eval_steps", "3", "--sweep", "fp", "w4", "w2", "w4a4", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("| without", "| with"))]
+    assert len(rows) == 2 and all(len(re.findall(r"\d+\.\d\d", row)) == 4 for row in rows)
+    last = done.stdout.strip().splitlines()[-1]
+    for name in ("robustness.png", "results.md", "with_kure/README.md", "without_kure/model.safetensors"):
+        assert (tmp_path / "out" / name).exists()
+    assert "out/robustness.png" in last and "out/with_kure" in last
+    refused = run(*small, cwd=tmp_path)
+    assert refused.returncode != 0 and "is not empty: add --overwrite" in refused.stderr

@@ -1,0 +1,215 @@
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from hf_robustq import RobustQ, Row, Setting, Sweep, robustness, sweep
+from hf_robustq.scales import Sample, absmax, mse
+from hf_robustq.sweep import chunked, load_sweeps, save_sweeps
+from tests.zoo import images, resnet, run
+
+
+def model_and_batches(count=4):
+    return resnet().eval(), [images(batch=5) for _ in range(count)]
+
+
+def predict(model, batch):
+    return model(**batch).logits
+
+
+def mean_logit(outputs):
+    joined = torch.cat(outputs)
+    return {"mean": float(joined.double().mean()), "rows": float(len(joined))}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("fp", Setting()),
+        ("trained", Setting(trained=True)),
+        ("w4", Setting(weights=4)),
+        ("a8", Setting(activations=8)),
+        ("w4a8", Setting(weights=4, activations=8)),
+        ("w3@absmax", Setting(weights=3, scale="absmax")),
+        ("w3@mse/channel", Setting(weights=3, per_channel=True)),
+    ],
+)
+def test_settings_are_read_and_written(text, expected):
+    assert Setting.parse(text) == expected and Setting.parse(text).name == text
+
+
+@pytest.mark.parametrize("text", ["", "w", "x4", "w1", "w17", "a99", "w4@nothing", "W4"])
+def test_settings_that_make_no_sense_are_refused(text):
+    with pytest.raises(ValueError, match="cannot read|from 2 to 16|unknown scale"):
+        Setting.parse(text)
+
+
+def test_each_row_is_what_a_model_quantized_by_hand_gives():
+    """Weights overwritten and inputs hooked with the plain formula, one configuration at a time."""
+    model, batches = model_and_batches()
+    plain = copy.deepcopy(model)
+    plugin = RobustQ(model, {"regularizers": {"kure": {}}})
+    plugin.observe(batches, run)
+    got = sweep(plugin, batches, predict, mean_logit, ["fp", "w4", "w3@absmax", "w3@mse/channel", "w4a4"])
+
+    names = {site.name.removesuffix(".weight"): site for site in plugin.sites}
+
+    def by_hand(bits=None, rule=mse, axis=None, activation_bits=None):
+        twin = copy.deepcopy(plain)
+        handles = []
+        for name, module in twin.named_modules():
+            if name not in names:
+                continue
+            if bits:
+                w, high = module.weight.data, 2 ** (bits - 1) - 1
+                scale = rule(Sample.of(w, axis), plugin_grid(bits, axis)).float().reshape(-1, 1, 1, 1)
+                module.weight.data = (w / scale).round().clamp(-high, high) * scale
+            if activation_bits:
+                sample = names[name].activation_stages.get_submodule("probe").sample()
+                signed = float(sample.minimum) < 0
+                low, high = (
+                    (-(2 ** (activation_bits - 1)), 2 ** (activation_bits - 1) - 1)
+                    if signed
+                    else (0, 2**activation_bits - 1)
+                )
+                from hf_robustq import Grid
+
+                step = float(mse(sample, Grid(bits=activation_bits, signed=signed)))
+
+                def hook(_, args, step=step, low=low, high=high):
+                    return ((args[0] / step).round().clamp(low, high) * step,)
+
+                handles.append(module.register_forward_pre_hook(hook))
+        with torch.no_grad():
+            return mean_logit([predict(twin, batch) for batch in batches])["mean"]
+
+    def plugin_grid(bits, axis):
+        from hf_robustq import Grid
+
+        return Grid(bits=bits, narrow=True, axis=axis)
+
+    assert got["fp"]["mean"] == by_hand()
+    assert got["w4"]["mean"] == by_hand(4)
+    assert got["w3@absmax"]["mean"] == by_hand(3, absmax)
+    assert got["w3@mse/channel"]["mean"] == by_hand(3, mse, 0)
+    assert got["w4a4"]["mean"] == pytest.approx(by_hand(4, activation_bits=4), rel=1e-5)
+    assert len({values["mean"] for values in got.values()}) == 5
+
+
+def test_data_is_read_once_and_in_chunks():
+    model, batches = model_and_batches(6)
+    plugin = RobustQ(model, {})
+    read = []
+
+    def once():
+        for i, batch in enumerate(batches):
+            read.append(i)
+            yield batch
+
+    whole = sweep(plugin, once(), predict, mean_logit, ["fp", "w4", "w2"])
+    assert read == list(range(6)) and whole["w4"]["rows"] == 30
+    size = sum(t.nbytes for t in batches[0].values())
+    assert [len(chunk) for chunk in chunked(batches, 2 * size)] == [2, 2, 2]
+    assert sweep(plugin, batches, predict, mean_logit, ["fp", "w4", "w2"], limit=2 * size) == whole
+
+
+def test_a_weight_is_quantized_once_for_each_setting(monkeypatch):
+    from hf_robustq.quantizers import probe
+
+    model, batches = model_and_batches(5)
+    plugin = RobustQ(model, {})
+    calls = []
+    original = probe.fake_quantize
+    monkeypatch.setattr(probe, "fake_quantize", lambda *args: calls.append(1) or original(*args))
+    sweep(plugin, batches, predict, mean_logit, ["fp", "w4", "w2"])
+    assert len(calls) == 2 * len(plugin.sites)
+
+
+def test_the_model_is_restored_to_the_bit():
+    model, batches = model_and_batches()
+    model.train()
+    plugin = RobustQ(model, {"weights": {"bits": 4}, "activations": {"bits": 4}})
+    plugin.calibrate(batches, run)
+    state = copy.deepcopy(model.state_dict())
+    rng = torch.get_rng_state()
+    model.eval()
+    before = predict(model, batches[0])
+    model.train()
+    sweep(plugin, batches, predict, mean_logit, ["fp", "w2", "trained", "w4a4"])
+    assert model.training and torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    model.eval()
+    assert torch.equal(predict(model, batches[0]), before)
+
+
+def test_a_failing_prediction_leaves_the_model_in_float():
+    model, batches = model_and_batches(1)
+    plugin = RobustQ(model, {})
+    before = predict(model, batches[0])
+
+    def fail(model, batch):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        sweep(plugin, batches, fail, mean_logit, ["w2"])
+    assert torch.equal(predict(model, batches[0]), before)
+
+
+def test_trained_row_uses_the_models_own_quantizers():
+    model, batches = model_and_batches()
+    plugin = RobustQ(model, {"weights": {"bits": 3}})
+    plugin.calibrate(batches, run)
+    got = sweep(plugin, batches, predict, mean_logit, ["trained", "w3", "fp"])
+    assert got["trained"] == got["w3"] != got["fp"]
+
+
+def test_first_last_8_keeps_the_edges_at_8_bits():
+    class Record(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return torch.tensor([[len(m.weight.unique()) for m in (self.a, self.b, self.c)]])
+
+    model = Record()
+    plugin = RobustQ(model, {"first_last": 8})
+    (levels,) = sweep(plugin, [torch.ones(1, 64)], lambda m, x: m(x), lambda o: {"n": o[0]}, ["w2"]).values()
+    first, middle, last = levels["n"][0].tolist()
+    assert middle == 3 and 100 < first <= 255 and 100 < last <= 255
+
+
+def test_empty_sets_and_repeated_settings_are_refused():
+    model, batches = model_and_batches(1)
+    plugin = RobustQ(model, {})
+    with pytest.raises(ValueError, match="evaluation set is empty"):
+        sweep(plugin, [], predict, mean_logit, ["fp"])
+    with pytest.raises(ValueError, match="listed twice"):
+        sweep(plugin, batches, predict, mean_logit, ["w4", "w4"])
+    with pytest.raises(ValueError, match="observe"):
+        sweep(plugin, batches, predict, mean_logit, ["w4a4"])
+
+
+def rows(**accuracies):
+    parsed = {name: Setting.parse(name) for name in accuracies}
+    return [
+        Row(setting=n, weights=s.weights, activations=s.activations, metrics={"accuracy": accuracies[n]}, samples=1)
+        for n, s in parsed.items()
+    ]
+
+
+def test_robustness_is_the_mean_height_of_the_curve():
+    assert robustness(rows(w8=0.9, w2=0.9, fp=0.1, w4a4=0.0), "accuracy") == pytest.approx(0.9)
+    curve = rows(w8=1.0, w4=0.8, w2=0.0)
+    assert robustness(curve, "accuracy") == pytest.approx(((0 + 0.8) / 2 * 2 + (0.8 + 1.0) / 2 * 4) / 6)
+    assert robustness(rows(fp=0.9, w4=0.8), "accuracy") is None
+
+
+def test_sweeps_are_saved_and_loaded(tmp_path):
+    sweeps = [Sweep(rows=rows(fp=0.9, w4=0.8), epoch=1.0, step=10, context={"seed": 3})]
+    path = tmp_path / "deep" / "sweep.json"
+    save_sweeps(sweeps, path)
+    assert load_sweeps(path) == sweeps and sweeps[0].value("w4") == 0.8
+    assert not list(path.parent.glob("*.tmp")) and isinstance(json.loads(path.read_text()), list)
