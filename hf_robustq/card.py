@@ -54,7 +54,7 @@ def plot(sweeps: Mapping[str, Sweep], metric: str, path: str | Path) -> None:
             axes.axhline(floats[0], color=f"C{index}", linestyle="--", linewidth=1, label=f"{label}, float")
     axes.set_xlabel("weight bits")
     axes.set_ylabel(metric)
-    axes.set_xticks(sorted({row.weights for sweep in sweeps.values() for row in sweep.rows if _on_curve(row)}))
+    axes.set_xticks(sorted({row.weights or 0 for sweep in sweeps.values() for row in sweep.rows if _on_curve(row)}))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

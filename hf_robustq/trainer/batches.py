@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import Trainer
 from transformers.trainer_utils import RemoveColumnsCollator
@@ -26,7 +27,7 @@ def calibration_batches(trainer: Trainer, dataset: Any, samples: int, seed: int)
     collator = trainer.data_collator
     if trainer.args.remove_unused_columns:
         accepted = [
-            *inspect.signature(type(trainer.model).forward).parameters,
+            *inspect.signature(cast(nn.Module, trainer.model).forward).parameters,
             *trainer.label_names,
             "label",
             "label_ids",
