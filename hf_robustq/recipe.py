@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +44,68 @@ def parse(arguments: type[Any], configs: Path, prefix: str, argv: Sequence[str] 
     return parser.parse_args_into_dataclasses(argv)  # type: ignore[return-value]
 
 
-def open_output(folder: str | Path, resume: bool, overwrite: bool) -> str | None:
-    """Make ready an output folder; returns the checkpoint to resume from, if any.
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint in an output folder, or None."""
+    return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
 
-    A folder that holds something is a `ValueError` without an explicit choice.
+
+def open_output(folder: str | Path, resume: bool, overwrite: bool) -> None:
+    """Make ready an output folder; on one process, before any other goes on.
+
+    A folder that holds something is a `ValueError` without an explicit choice to overwrite or resume.
     """
     folder = Path(folder)
-    if not folder.exists() or not any(folder.iterdir()):
-        return None
-    if overwrite:
+    if folder.exists() and any(folder.iterdir()) and not resume:
+        if not overwrite:
+            choices = "--overwrite to delete it, --resume to go on, or name another --output_dir"
+            raise ValueError(f"{folder} is not empty: add {choices}")
         shutil.rmtree(folder)
-        return None
-    if resume:
-        return get_last_checkpoint(str(folder))
-    raise ValueError(
-        f"{folder} is not empty: add --overwrite to delete it, --resume to go on, or name another --output_dir"
-    )
+
+
+@dataclass
+class ImageArguments:
+    """Flags of every recipe that trains an image classifier."""
+
+    model_name_or_path: str = field(default="resnet50", metadata={"help": "folder, Hub id, or timm architecture"})
+    weights: str | None = field(default=None, metadata={"help": ".safetensors file for the architecture"})
+    new_head: bool = field(default=False, metadata={"help": "replace a head that does not fit the labels"})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, folder of parquet files or of images"})
+    image_column_name: str | None = None
+    label_column_name: str | None = None
+    train_split: str = "train"
+    eval_split: str | None = field(default=None, metadata={"help": "default: validation, valid or test"})
+    image_size: int | None = field(default=None, metadata={"help": "default: what the weights were trained with"})
+
+
+def image_task(arguments: ImageArguments, seed: int) -> tuple[Any, Any, Any]:
+    """(training set, evaluation set, model) as the flags say; the embedded digits without a dataset.
+
+    The preprocessing is the model's own; augmentation depends on (seed, epoch, index). The model is in
+    channels-last layout. Prints where its weights come from.
+    """
+    from hf_robustq.data import digits, image_datasets, load_image_splits
+    from hf_robustq.models import image_classifier, load_weights, preprocessing
+
+    if arguments.dataset_name is None:
+        train, evaluation, labels = digits(arguments.image_size or 32, seed=seed)
+        model, source = image_classifier(arguments.model_name_or_path, labels, arguments.new_head)
+    else:
+        splits = load_image_splits(
+            arguments.dataset_name,
+            image=arguments.image_column_name,
+            label=arguments.label_column_name,
+            train_split=arguments.train_split,
+            eval_split=arguments.eval_split,
+        )
+        model, source = image_classifier(arguments.model_name_or_path, splits[-1], arguments.new_head)
+        how = preprocessing(model)
+        how["image_size"] = arguments.image_size or how["image_size"]
+        train, evaluation = image_datasets(*splits, **how, seed=seed)
+    if arguments.weights:
+        load_weights(model, arguments.weights)
+        source = arguments.weights
+    print(f"Weights: {source}")
+    return train, evaluation, model.to(memory_format=torch.channels_last)
 
 
 def fast_bf16() -> bool:

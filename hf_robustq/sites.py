@@ -80,7 +80,10 @@ def staged_class(cls: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Modu
             stored = self._parameters[tensor]
             if stored is None or isinstance(stored, DTensor):  # a DTensor is storage, not compute
                 return stored
-            return self._modules[stages](stored)  # type: ignore[misc]
+            try:
+                return self._modules[stages](stored)  # type: ignore[misc]
+            except AttributeError as error:  # nn.Module.__getattr__ would go on and return the raw parameter
+                raise RuntimeError(f"a stage of {tensor} failed: {error}") from error
 
         return property(get)
 

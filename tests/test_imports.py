@@ -29,7 +29,7 @@ ALLOWED = {
     "metrics": set(),
     "models": {"models"},
     "trainer": {"calibrate", "card", "config", "plugin", "schedules", "sweep", "trainer"},
-    "recipe": {"card", "config", "sweep"},
+    "recipe": {"card", "config", "data", "models", "sweep"},
 }  # fmt: skip
 
 

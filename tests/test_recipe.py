@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from hf_robustq.models import image_classifier
-from hf_robustq.recipe import open_output, parse
+from hf_robustq.recipe import last_checkpoint, open_output, parse
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes" / "configs"
@@ -60,12 +60,15 @@ def test_flags_win_over_the_preset_and_unknown_ones_are_refused(tmp_path):
 
 def test_a_full_output_folder_needs_a_choice(tmp_path):
     folder = tmp_path / "out"
-    assert open_output(folder, resume=False, overwrite=False) is None
+    open_output(folder, resume=False, overwrite=False)
+    assert last_checkpoint(folder) is None
     (folder / "checkpoint-7").mkdir(parents=True)
     with pytest.raises(ValueError, match="--overwrite to delete it, --resume to go on"):
         open_output(folder, resume=False, overwrite=False)
-    assert open_output(folder, resume=True, overwrite=False) == str(folder / "checkpoint-7")
-    assert open_output(folder, resume=False, overwrite=True) is None and not folder.exists()
+    open_output(folder, resume=True, overwrite=False)
+    assert last_checkpoint(folder) == str(folder / "checkpoint-7")
+    open_output(folder, resume=False, overwrite=True)
+    assert not folder.exists()
 
 
 def test_head_and_labels_must_agree(tmp_path):
@@ -108,4 +111,5 @@ def test_the_recipe_end_to_end_on_a_tiny_net(tmp_path):
         assert (tmp_path / "out" / name).exists()
     assert "out/robustness.png" in last and "out/with_kure" in last
     refused = run(*small, cwd=tmp_path)
-    assert refused.returncode != 0 and "is not empty: add --overwrite" in refused.stderr
+    assert refused.returncode == 1 and refused.stderr.strip().splitlines()[-1].startswith("error: out is not empty")
+    assert "Traceback" not in refused.stderr

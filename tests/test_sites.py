@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hf_robustq import RobustQ, find_sites
-from hf_robustq.sites import edge_names, staged_class, whole
+from hf_robustq.sites import Site, attach, edge_names, staged_class, whole
 from hf_robustq.sweep import Setting, Steps, quantized
 from tests.zoo import ZOO, bert, gpt2, images, resnet, run, tokens
 
@@ -314,6 +314,17 @@ def test_unused_and_functionally_used_layers_are_reported():
     plugin = RobustQ(Odd(), {**W4A4, "exclude": ["unused*"], "weights_only": ["used.weight"]})
     plugin.calibrate([batch], forward)
     assert "(input stays float)" in repr(plugin)
+
+
+def test_a_failing_stage_is_an_error_and_not_the_raw_weight():
+    class Broken(nn.Module):
+        def forward(self, x):
+            return x.no_such_attribute
+
+    linear = nn.Linear(2, 2)
+    attach(Site("weight", linear, "weight", 0), {"broken": Broken()})
+    with pytest.raises(RuntimeError, match="no_such_attribute"):
+        _ = linear.weight
 
 
 def test_whole_of_a_plain_parameter_is_itself():
