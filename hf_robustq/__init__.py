@@ -1,5 +1,7 @@
 """hf_robustq: train any Hugging Face or timm model so that one checkpoint survives any quantizer."""
 
+from typing import TYPE_CHECKING, Any
+
 from hf_robustq.config import QuantizerConfig, RegularizerConfig, RobustQConfig
 from hf_robustq.grid import Grid
 from hf_robustq.plugin import RobustQ
@@ -8,7 +10,9 @@ from hf_robustq.regularizers import KURE, REGULARIZERS, Regularizer
 from hf_robustq.scales import SCALE_RULES, Sample
 from hf_robustq.sites import Site, find_sites
 from hf_robustq.sweep import Row, Setting, Sweep, robustness, sweep
-from hf_robustq.trainer import BitWidthSweepCallback, RobustQCallback, RobustQMixin, RobustTrainer
+
+if TYPE_CHECKING:
+    from hf_robustq.trainer import BitWidthSweepCallback, RobustQCallback, RobustQMixin, RobustTrainer
 
 __version__ = "0.1.0"
 
@@ -38,3 +42,12 @@ __all__ = [
     "robustness",
     "sweep",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # transformers' Trainer imports datasets and torchvision where they are installed: only for those who use it.
+    if name in ("BitWidthSweepCallback", "RobustQCallback", "RobustQMixin", "RobustTrainer"):
+        from hf_robustq import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,15 +21,21 @@ Forward = Callable[[nn.Module, Any], Any]
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module's mode and every global RNG are as before."""
+    """Evaluation mode without gradients; afterwards every module's mode and every global RNG are as before.
+
+    torch's fused attention path, which reads weights past their modules, is off meanwhile.
+    """
     modes = [(module, module.training) for module in model.modules()]
     python, numpy = random.getstate(), np.random.get_state()
+    fused_attention = torch.backends.mha.get_fastpath_enabled()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     try:
         with torch.random.fork_rng(devices=devices), torch.no_grad():
+            torch.backends.mha.set_fastpath_enabled(False)
             model.eval()
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused_attention)
         for module, training in modes:
             module.training = training
         random.setstate(python)
@@ -57,7 +63,7 @@ def stages(sites: Sequence[Site]) -> Iterator[nn.Module]:
     """Every stage of every site, each once."""
     seen: set[int] = set()
     for site in sites:
-        for stage in (*site.weight_stages, *(site.activation_stages or ())):
+        for stage in (*site.weight_stages, *site.activation_stages):
             if id(stage) not in seen:
                 seen.add(id(stage))
                 yield stage
@@ -67,8 +73,8 @@ def weight_probe(site: Site) -> Probe:
     return site.weight_stages.get_submodule("probe")  # type: ignore[return-value]
 
 
-def activation_probe(site: Site) -> Probe | None:
-    return None if site.activation_stages is None else site.activation_stages.get_submodule("probe")  # type: ignore[return-value]
+def activation_probe(site: Site) -> Probe:
+    return site.activation_stages.get_submodule("probe")  # type: ignore[return-value]
 
 
 def observe(model: nn.Module, sites: Sequence[Site], batches: Iterable[Any], forward: Forward) -> int:
@@ -101,10 +107,9 @@ def initialize(sites: Sequence[Site], rules: dict[str, str]) -> None:
         for quantizer in site.weight_stages:
             if isinstance(quantizer, Quantizer) and not bool(quantizer.initialized):
                 quantizer.init_from(weight_sample(site, quantizer.grid.axis), rules["weights"])
-        probe = activation_probe(site)
-        for quantizer in site.activation_stages or ():
-            if isinstance(quantizer, Quantizer) and probe is not None and not bool(quantizer.initialized):
-                sample = probe.sample()
+        for quantizer in site.activation_stages:
+            if isinstance(quantizer, Quantizer) and not bool(quantizer.initialized):
+                sample = activation_probe(site).sample()
                 quantizer.grid = activation_grid(quantizer.grid.bits, sample, quantizer.grid.narrow)
                 quantizer.init_from(sample, rules["activations"])
     if torch.distributed.is_initialized():

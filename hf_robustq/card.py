@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,21 +12,28 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_robustq.sweep import Row, Sweep
+from hf_robustq.sweep import Sweep
+
+logger = logging.getLogger(__name__)
 
 PLOT_FILE = "robustq_curve.png"
 
 VERSIONS = ("hf_robustq", "torch", "transformers", "accelerate", "timm", "datasets")
 
 
-def table(sweeps: Mapping[str, Sweep], metric: str, percent: bool = True) -> str:
-    """A Markdown table: a row for each named sweep, a column for each setting of the first."""
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of one, shown in percent; a loss is not."""
+    return not metric.endswith("loss")
+
+
+def table(sweeps: Mapping[str, Sweep], metric: str) -> str:
+    """A Markdown table: a row for each named sweep, a column for each setting of the first; shares in percent."""
     names = [row.setting for row in next(iter(sweeps.values())).rows]
     head = ["", *(title(name) for name in names)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for label, sweep in sweeps.items():
         values = {row.setting: row.metrics[metric] for row in sweep.rows}
-        cells = [f"{values[name] * (100 if percent else 1):.2f}" if name in values else "" for name in names]
+        cells = [f"{values[name] * (100 if is_share(metric) else 1):.2f}" if name in values else "" for name in names]
         lines.append("| " + " | ".join([label, *cells]) + " |")
     return "\n".join(lines)
 
@@ -39,7 +47,10 @@ def title(setting: str) -> str:
 
 
 def plot(sweeps: Mapping[str, Sweep], metric: str, path: str | Path) -> None:
-    """Metric against weight bits, a line for each named sweep, as PNG. The float value is the dashed line."""
+    """Metric against weight bits, a line for each named sweep, as PNG. The float value is the dashed line.
+
+    Raises `ImportError` without matplotlib (the `report` extra).
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -47,21 +58,17 @@ def plot(sweeps: Mapping[str, Sweep], metric: str, path: str | Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for index, (label, sweep) in enumerate(sweeps.items()):
-        points = sorted((row.weights, row.metrics[metric]) for row in sweep.rows if _on_curve(row))
-        axes.plot(*zip(*points, strict=True), marker="o", color=f"C{index}", label=label)
+        points = sorted((row.weights or 0, row.metrics[metric]) for row in sweep.rows if row.on_curve)
+        axes.plot([bits for bits, _ in points], [y for _, y in points], marker="o", color=f"C{index}", label=label)
         floats = [row.metrics[metric] for row in sweep.rows if row.setting == "fp"]
         if floats:
             axes.axhline(floats[0], color=f"C{index}", linestyle="--", linewidth=1, label=f"{label}, float")
     axes.set_xlabel("weight bits")
     axes.set_ylabel(metric)
-    axes.set_xticks(sorted({row.weights or 0 for sweep in sweeps.values() for row in sweep.rows if _on_curve(row)}))
+    axes.set_xticks(sorted({row.weights or 0 for sweep in sweeps.values() for row in sweep.rows if row.on_curve}))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-
-
-def _on_curve(row: Row) -> bool:
-    return row.weights is not None and row.activations is None and "@" not in row.setting
 
 
 def write_card(
@@ -74,39 +81,46 @@ def write_card(
     dataset: str | None = None,
     license: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    step: int | None = None,
 ) -> Path:
     """Write `README.md` and the curve into a model's folder; returns the card's path.
 
     config     the RobustQ config, as it is printed into the card
-    sweeps     all sweeps of the run; the last one is the model in the folder
-    metric     the metric of the table, a share of one (shown in percent)
+    sweeps     all sweeps of the run
+    metric     the metric of the table; shown in percent, unless it is a loss
     settings   the training settings worth knowing (learning rate, epochs, batch size, ...)
+    step       the optimizer step of the model in the folder; default: that of the last sweep
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    last = sweeps[-1]
+    step = sweeps[-1].step if step is None else step
+    own = {sweep.rows[0].dataset: sweep for sweep in sweeps if sweep.step == step}
+    percent = " (%)" if is_share(metric) else ""
     lines = [
         f"# {folder.resolve().name}",
         "",
         "One checkpoint, measured at every bit-width below. The weights in this folder are the float ones; "
-        "stock `transformers` loads them as they are.",
+        "stock `transformers` loads them as they are (an architecture of `hf_robustq.models` after importing that).",
         "",
-        f"## {metric.capitalize()} by bit-width (%)",
+        f"## {metric.capitalize()} by bit-width{percent}",
         "",
-        table({"this model": last}, metric),
+        table(own, metric),
         "",
-        measured_on(last),
+        " ".join(measured_on(sweep) for sweep in own.values()),
         "W is the bits of the weights, A of the activations, sign included; FP is unquantized. Weights take the "
         "symmetric grid of 2^b - 1 levels, activations 2^b levels, signed where calibration saw a negative value. "
         "First and last layers as `first_last` below says; attention products and residual additions stay float.",
         "",
     ]
-    if any(_on_curve(row) for row in last.rows):
-        plot({"this model": last}, metric, folder / PLOT_FILE)
-        lines += [f"![{metric} against weight bits]({PLOT_FILE})", ""]
-    if len(sweeps) > 1:
-        history = {f"epoch {s.epoch:g}" if s.epoch is not None else f"step {s.step}": s for s in sweeps}
-        lines += ["## During training", "", table(history, metric), ""]
+    if any(row.on_curve for sweep in own.values() for row in sweep.rows):
+        try:
+            plot(own, metric, folder / PLOT_FILE)
+            lines += [f"![{metric} against weight bits]({PLOT_FILE})", ""]
+        except ImportError:
+            logger.warning("The card has no plot, for want of matplotlib: pip install 'hf_robustq[report]'")
+    if len(sweeps) > len(own):
+        history = {f"{s.rows[0].dataset}, {_moment(s)}": s for s in sweeps}
+        lines += [f"## During training{percent}", "", table(history, metric), ""]
     lines += ["## How it was made", "", "```yaml", yaml.safe_dump(dict(config), sort_keys=False).rstrip(), "```", ""]
     versions = {name: importlib.metadata.version(name) for name in VERSIONS if _installed(name)}
     facts = {"seed": seed, **(settings or {}), "python": platform.python_version(), **versions}
@@ -131,6 +145,10 @@ def measured_on(sweep: Sweep) -> str:
     calibration = sweep.context.get("calibration_samples")
     trained = f" Activation steps come from {calibration} training samples." if calibration else ""
     return f"Measured on {', '.join(sorted(sets))}.{trained}"
+
+
+def _moment(sweep: Sweep) -> str:
+    return f"step {sweep.step}" if sweep.epoch is None else f"epoch {sweep.epoch:g}"
 
 
 def _installed(name: str) -> bool:

@@ -18,12 +18,9 @@ from torch._dynamo.exc import TorchDynamoException
 
 logger = logging.getLogger(__name__)
 
-FUSE_FROM = 1 << 17
-"""Elements from which a fused kernel beats a chain of eager ones; smaller tensors stay in cache anyway."""
-
-
 CACHED = 1 << 17
-"""Elements that a chain of eager operations on a CPU works on at a time."""
+"""Elements that stay in a CPU's cache: up to here eager operations are as good as a fused kernel, and beyond it
+they work on pieces of this size."""
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
@@ -37,7 +34,7 @@ def no_autocast(x: Tensor) -> torch.autocast:
 
 
 def fused(eager: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile `eager` once, for any length, and use it for tensors of `FUSE_FROM` elements or more.
+    """Compile `eager` once, for any length, and use it for tensors of `CACHED` elements or more.
 
     The first argument decides. Small tensors, a tracing compiler, and machines without a working
     compiler (noticed once, logged) use `eager` itself. `HF_ROBUSTQ_FUSED=0` switches compilation off.
@@ -48,7 +45,7 @@ def fused(eager: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(eager)
     def call(x: Tensor, *rest: Any) -> Any:
         nonlocal compiled, broken
-        if broken or x.numel() < FUSE_FROM or torch.compiler.is_compiling():
+        if broken or x.numel() < CACHED or torch.compiler.is_compiling():
             return eager(x, *rest)
         if compiled is None:
             compiled = torch.compile(eager, dynamic=True, fullgraph=True)

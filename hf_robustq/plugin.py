@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,7 +18,7 @@ from hf_robustq.grid import Grid
 from hf_robustq.quantizers import QUANTIZERS, Probe, Quantizer
 from hf_robustq.regularizers import REGULARIZERS, Regularizer
 from hf_robustq.schedules import SCHEDULES
-from hf_robustq.sites import Site, attach, bake, detach, edge_names, find_sites, refuse_wrapped
+from hf_robustq.sites import Site, attach, bake, detach, find_sites, refuse_wrapped
 from hf_robustq.telemetry import FiniteWatch, mean_penalties, site_kurtosis
 
 
@@ -42,29 +43,36 @@ class RobustQ:
         refuse_wrapped(model)
         self.model = model
         touch_edges = config.first_last != "float"
-        self.sites, self.left_out = find_sites(model, config.include, config.exclude, touch_edges, config.embeddings)
+        self.sites, self.left_out, edges = find_sites(
+            model, config.include, config.exclude, touch_edges, config.embeddings
+        )
         if not self.sites:
-            reasons = (
-                "; ".join(f"{one.name}: {one.reason}" for one in self.left_out) or "no Linear or convolution in it"
-            )
-            raise ValueError(f"no weight to work on in this model ({reasons})")
+            reasons = "; ".join(f"{one.name}: {one.reason}" for one in self.left_out)
+            raise ValueError(f"no weight to work on in this model ({reasons or 'no Linear or convolution in it'})")
         for pattern in config.weights_only:
             if not any(fnmatchcase(site.name, pattern) for site in self.sites):
                 raise ValueError(f"weights_only: pattern {pattern!r} matches no staged weight")
-        self.edges = edge_names(model, self.sites) if config.first_last == 8 else {}
+        self.edges = edges if config.first_last == 8 else {}
         if config.regularizers and not any(s.parameter.requires_grad for s in self.sites if s.name not in self.edges):
             names = ", ".join(regularizer.method for regularizer in config.regularizers)
             raise ValueError(f"{names}: every weight it would act on is frozen; unfreeze some, or drop the regularizer")
-        shared: dict[int, dict[str, nn.Module]] = {}
-        for site in self.sites:
-            if id(site.parameter) not in shared:  # both ends of a tie get the same stages
-                shared[id(site.parameter)] = self._weight_stages(site)
-            attach(site, shared[id(site.parameter)], self._activation_stages(site))
-            site.weight_stages.train(site.module.training)
-            if site.activation_stages is not None:
-                site.activation_stages.train(site.module.training)
-        self.watch = FiniteWatch(self.sites)
+        self._attach()
+        self.watch = FiniteWatch(model)
         self.calibrated = False
+
+    def _attach(self) -> None:
+        shared: dict[int, dict[str, nn.Module]] = {}
+        attached: list[Site] = []
+        try:
+            for site in self.sites:
+                if id(site.parameter) not in shared:  # both ends of a tie get the same stages
+                    shared[id(site.parameter)] = self._weight_stages(site)
+                attach(site, shared[id(site.parameter)], self._activation_stages(site))
+                attached.append(site)
+        except Exception:
+            for site in attached:
+                detach(site)
+            raise
 
     # ---- stages ----------------------------------------------------------------------------------
 
@@ -87,15 +95,15 @@ class RobustQ:
         stages["probe"] = Probe(site.name, site.axis, site.parameter.size(site.axis)).to(device)
         return stages
 
-    def _activation_stages(self, site: Site) -> dict[str, nn.Module] | None:
-        called = not isinstance(site.module, (nn.MultiheadAttention, nn.Embedding))
-        if not called or any(fnmatchcase(site.name, pattern) for pattern in self.config.weights_only):
-            return None
+    def _activation_stages(self, site: Site) -> dict[str, nn.Module]:
+        """The probe counts calls in any case; where it collects no histogram, the input stays float."""
+        quantizable = not isinstance(site.module, (nn.MultiheadAttention, nn.Embedding)) and not any(
+            fnmatchcase(site.name, pattern) for pattern in self.config.weights_only
+        )
         stages: dict[str, nn.Module] = {}
-        if self.config.activations is not None:
+        if self.config.activations is not None and quantizable:
             stages["quantizer"] = self._quantizer(site, self.config.activations, None, narrow=False)
-        device = site.parameter.device
-        stages["probe"] = Probe(f"the input of {site.name}", histogram=True).to(device)
+        stages["probe"] = Probe(f"the input of {site.name}", histogram=quantizable).to(site.parameter.device)
         return stages
 
     def _carriers(self, method: str) -> list[tuple[Site, Regularizer]]:
@@ -129,17 +137,21 @@ class RobustQ:
     def observe(self, batches: Iterable[Any], forward: Forward, activations: bool = False) -> None:
         """Count calls and collect the distribution of every input anew. `activations`: a missing one is an error."""
         count = calibration.observe(self.model, self.sites, batches, forward)
+        uses: dict[int, float] = {}
         for site in self.sites:
             weight, probe = weight_probe(site), activation_probe(site)
             if weight.calls == 0:
                 raise ValueError(f"{site.name} is never used in forward: add it to exclude")
-            if probe is not None and probe.calls == 0 and (activations or self.config.activations is not None):
+            if probe.histogram and probe.calls == 0 and (activations or self.config.activations is not None):
                 raise ValueError(
                     f"{site.name} is read without calling its module, so its input cannot be quantized: "
                     f"add {site.name!r} to weights_only"
                 )
-            # a reader may also ask for `weight.dtype`, so calls of the module count where there are any
-            weight.uses += (probe.calls if probe is not None and probe.calls else weight.calls) / count
+            # A reader may also ask for `weight.dtype`, so calls of the modules count where there are any.
+            uses[id(weight)] = uses.get(id(weight), 0.0) + probe.calls / count
+        for site in self.sites:
+            weight = weight_probe(site)
+            weight.uses = uses[id(weight)] or weight.calls / count
 
     # ---- training --------------------------------------------------------------------------------
 
@@ -172,8 +184,9 @@ class RobustQ:
 
     def metrics(self) -> dict[str, float]:
         """Mean kurtosis of the weights and each penalty by its name, unscaled, averaged over its weights."""
-        kurtosis = site_kurtosis(self.regularized)
-        return {"kurtosis": sum(kurtosis.values()) / len(kurtosis), **mean_penalties(self.regularized)}
+        kurtosis = [value for value in site_kurtosis(self.regularized).values() if not math.isnan(value)]
+        mean = {"kurtosis": sum(kurtosis) / len(kurtosis)} if kurtosis else {}
+        return {**mean, **mean_penalties(self.regularized)}
 
     @property
     def regularized(self) -> list[Site]:
@@ -207,8 +220,10 @@ class RobustQ:
     def bake(self) -> nn.Module:
         """Put the weights on their grids for good and detach; returns the model.
 
-        Activation quantizers are dropped: a baked model is the user's own, with quantized weights.
+        Activation quantizers are dropped: a baked model is the user's own, with quantized weights. Raises
+        `RuntimeError` before calibration.
         """
+        self.check_initialized()
         baked: set[int] = set()
         for site in self.sites:
             if id(site.parameter) in baked:
@@ -217,6 +232,12 @@ class RobustQ:
                 baked.add(id(site.parameter))
                 bake(site)
         return self.model
+
+    def check_initialized(self) -> None:
+        """Raise `RuntimeError` where a quantizer has no steps yet."""
+        for stage in calibration.stages(self.sites):
+            if isinstance(stage, Quantizer) and not bool(stage.initialized):
+                raise RuntimeError("the quantizers have no steps yet: call plugin.calibrate(batches, forward) first")
 
     def detach(self) -> nn.Module:
         """Take every stage off; the identical parameters and classes are left. Returns the model."""
@@ -230,10 +251,10 @@ class RobustQ:
         for site in self.sites:
             stages = [name for name, _ in site.weight_stages.named_children() if name != "probe"]
             bits = []
-            for letter, sequence in (("w", site.weight_stages), ("a", site.activation_stages or ())):
+            for letter, sequence in (("w", site.weight_stages), ("a", site.activation_stages)):
                 quantizer = next((stage for stage in sequence if isinstance(stage, Quantizer)), None)
                 bits.append(f"{letter}{quantizer.grid.bits}" if quantizer else "")
-            if site.activation_stages is None:
+            if not activation_probe(site).histogram:
                 stages.append("(input stays float)")
             shape = "x".join(str(size) for size in site.parameter.shape)
             rows.append((site.name, shape, " ".join(stages) or "-", "".join(bits) or "float"))

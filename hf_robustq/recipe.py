@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import shutil
 import sys
@@ -23,24 +24,23 @@ from hf_robustq.sweep import Sweep
 def parse(arguments: type[Any], configs: Path, prefix: str, argv: Sequence[str] | None = None) -> tuple[Any, Any]:
     """(recipe arguments, TrainingArguments): the flags, over the preset's YAML, over the defaults.
 
-    `--preset NAME` reads `<configs>/<prefix>_NAME.yaml`, whose keys are the flags' names. An unknown preset
-    or key is a `ValueError` that names the nearest one.
+    `--preset NAME` reads `<configs>/<prefix>_NAME.yaml`, whose keys are the flags' names; by default `digits`,
+    and `finetune` where a dataset is named. An unknown preset or key is a `ValueError` that names the nearest one.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = HfArgumentParser([arguments, TrainingArguments])  # type: ignore[arg-type]
-    preset = str(next(f.default for f in dataclasses.fields(arguments) if f.name == "preset"))
-    for index, word in enumerate(argv):
-        if word == "--preset" and index + 1 < len(argv):
-            preset = argv[index + 1]
-        elif word.startswith("--preset="):
-            preset = word.removeprefix("--preset=")
+    parser = HfArgumentParser([arguments, TrainingArguments], allow_abbrev=False)  # type: ignore[arg-type]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset_name")
+    first.add_argument("--preset")
+    given, _ = first.parse_known_args(argv)
+    preset = given.preset or ("finetune" if given.dataset_name else "digits")
     known = [path.stem.removeprefix(f"{prefix}_") for path in sorted(configs.glob(f"{prefix}_*.yaml"))]
     check_known([preset], known, "preset")
     defaults = yaml.safe_load((configs / f"{prefix}_{preset}.yaml").read_text(encoding="utf-8")) or {}
     fields = [f.name for kind in (arguments, TrainingArguments) for f in dataclasses.fields(kind) if f.init]
     check_known(defaults, fields, f"key in {prefix}_{preset}.yaml")
     gpu = torch.accelerator.is_available()
-    parser.set_defaults(**{"use_cpu": not gpu, "dataloader_pin_memory": gpu, **defaults})
+    parser.set_defaults(**{"preset": preset, "use_cpu": not gpu, "dataloader_pin_memory": gpu, **defaults})
     return parser.parse_args_into_dataclasses(argv)  # type: ignore[return-value]
 
 
@@ -77,18 +77,19 @@ class ImageArguments:
     image_size: int | None = field(default=None, metadata={"help": "default: what the weights were trained with"})
 
 
-def image_task(arguments: ImageArguments, seed: int) -> tuple[Any, Any, Any]:
-    """(training set, evaluation set, model) as the flags say; the embedded digits without a dataset.
+def image_task(arguments: ImageArguments, seed: int) -> tuple[Any, Any, Any, str]:
+    """(training set, evaluation set, model, source of its weights) as the flags say; without a dataset, the digits.
 
     The preprocessing is the model's own; augmentation depends on (seed, epoch, index). The model is in
-    channels-last layout. Prints where its weights come from.
+    channels-last layout.
     """
     from hf_robustq.data import digits, image_datasets, load_image_splits
     from hf_robustq.models import image_classifier, load_weights, preprocessing
 
     if arguments.dataset_name is None:
-        train, evaluation, labels = digits(arguments.image_size or 32, seed=seed)
-        model, source = image_classifier(arguments.model_name_or_path, labels, arguments.new_head)
+        model, source = image_classifier(arguments.model_name_or_path, [str(n) for n in range(10)], arguments.new_head)
+        how = {key: preprocessing(model)[key] for key in ("mean", "std")}
+        train, evaluation, _ = digits(arguments.image_size or 32, **how, seed=seed)
     else:
         splits = load_image_splits(
             arguments.dataset_name,
@@ -104,8 +105,7 @@ def image_task(arguments: ImageArguments, seed: int) -> tuple[Any, Any, Any]:
     if arguments.weights:
         load_weights(model, arguments.weights)
         source = arguments.weights
-    print(f"Weights: {source}")
-    return train, evaluation, model.to(memory_format=torch.channels_last)
+    return train, evaluation, model.to(memory_format=torch.channels_last), source
 
 
 def fast_bf16() -> bool:
@@ -119,10 +119,14 @@ def fast_bf16() -> bool:
 def report(results: Mapping[str, Sweep], metric: str, folder: str | Path, settings: Mapping[str, Any]) -> str:
     """One table and one PNG of all variants; returns the text to print, whose last line says where everything is."""
     folder = Path(folder)
-    plot(results, metric, folder / "robustness.png")
+    try:
+        plot(results, metric, folder / "robustness.png")
+        curves = f"{folder}/robustness.png"
+    except ImportError:
+        curves = "no plot without matplotlib (pip install 'hf_robustq[report]')"
     text = table(results, metric)
     facts = ", ".join(f"{key} {value}" for key, value in settings.items())
     (folder / "results.md").write_text(f"{text}\n\n{facts}\n", encoding="utf-8")
     places = ", ".join(str(folder / name) for name in results)
-    where = f"Table and curves: {folder}/results.md, {folder}/robustness.png; models: {places}"
+    where = f"Table and curves: {folder}/results.md, {curves}; models: {places}"
     return f"\n{text}\n\nSettings: {facts}\n{where}"

@@ -57,8 +57,8 @@ class Site:
         return getattr(self.module, f"{self.tensor}_stages")
 
     @property
-    def activation_stages(self) -> nn.Sequential | None:
-        return self.module._modules.get("activation_stages")  # type: ignore[return-value]
+    def activation_stages(self) -> nn.Sequential:
+        return self.module.activation_stages  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -70,70 +70,66 @@ class LeftOut:
 
 
 @functools.cache
-def staged_class(cls: type[nn.Module], tensors: tuple[str, ...]) -> type[nn.Module]:
-    """The subclass of `cls` whose `tensors` are staged on read; one per class, so that compiled code is reused."""
+def staged_class(cls: type[nn.Module], tensor: str) -> type[nn.Module]:
+    """The subclass of `cls` whose `tensor` is staged on read; one per class, so that compiled code is reused."""
+    stages_name = f"{tensor}_stages"
 
-    def read(tensor: str) -> property:
-        stages = f"{tensor}_stages"
-
-        def get(self: nn.Module) -> Any:
-            stored = self._parameters[tensor]
-            if stored is None or isinstance(stored, DTensor):  # a DTensor is storage, not compute
-                return stored
-            try:
-                return self._modules[stages](stored)  # type: ignore[misc]
-            except AttributeError as error:  # nn.Module.__getattr__ would go on and return the raw parameter
-                raise RuntimeError(f"a stage of {tensor} failed: {error}") from error
-
-        return property(get)
+    def get(self: nn.Module) -> Any:
+        stored = self._parameters[tensor]
+        if stored is None or isinstance(stored, DTensor):  # a DTensor is storage, not compute
+            return stored
+        try:
+            return self._modules[stages_name](stored)  # type: ignore[misc]
+        except AttributeError as error:  # nn.Module.__getattr__ would go on and return the raw parameter
+            raise RuntimeError(f"a stage of {tensor} failed: {error}") from error
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        stages = self._modules.get("activation_stages")
-        if stages is not None:
-            if args:
-                args = (stages(args[0]), *args[1:])
-            else:
-                first = next(iter(kwargs))
-                kwargs = {**kwargs, first: stages(kwargs[first])}
+        stages = self._modules["activation_stages"]
+        if args:
+            args = (stages(args[0]), *args[1:])  # type: ignore[misc]
+        else:
+            first = next(iter(kwargs))
+            kwargs = {**kwargs, first: stages(kwargs[first])}  # type: ignore[misc]
         return cls.forward(self, *args, **kwargs)
 
-    body = {tensor: read(tensor) for tensor in tensors}
-    return type(cls.__name__, (cls,), {**body, "forward": forward, "__module__": cls.__module__, "_unstaged": cls})
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        _, _, *state = object.__reduce_ex__(self, protocol)
+        return _rebuild, (cls, tensor), *state
+
+    body = {tensor: property(get), "forward": forward, "__reduce_ex__": reduce, "_unstaged": cls}
+    return type(cls.__name__, (cls,), {**body, "__module__": cls.__module__})
 
 
-def attach(
-    site: Site, weight_stages: dict[str, nn.Module], activation_stages: dict[str, nn.Module] | None = None
-) -> None:
-    """Put stages between the parameter and its reader, and between the module and its input.
+def _rebuild(cls: type[nn.Module], tensor: str) -> nn.Module:
+    """What pickle calls: the staged class is made anew, not looked up by its name."""
+    staged = staged_class(cls, tensor)
+    return staged.__new__(staged)
 
-    `activation_stages=None` leaves the input alone. Raises `ValueError` for a sharded parameter: attach
-    before wrapping.
+
+def attach(site: Site, weight_stages: dict[str, nn.Module], activation_stages: dict[str, nn.Module]) -> None:
+    """Put stages between the parameter and its reader, and between the module and its first input.
+
+    Raises `ValueError` for a sharded parameter (attach before wrapping) and for a site that is staged already.
     """
     module = site.module
     if isinstance(site.parameter, DTensor):
         raise ValueError(f"{site.name} is sharded already: create RobustQ before wrapping or sharding the model")
-    staged = getattr(type(module), "_unstaged", None)
-    if staged is not None and f"{site.tensor}_stages" in module._modules:
+    if hasattr(type(module), "_unstaged"):
         raise ValueError(f"{site.name} is staged already: call detach() on the first RobustQ of this model")
-    tensors = tuple(name.removesuffix("_stages") for name in module._modules if name.endswith("_stages"))
-    tensors = (*(name for name in tensors if name != "activation"), site.tensor)
-    module.add_module(f"{site.tensor}_stages", nn.Sequential())
-    for name, stage in weight_stages.items():
-        site.weight_stages.add_module(name, stage)
-    if activation_stages is not None:
-        module.add_module("activation_stages", nn.Sequential())
-        for name, stage in activation_stages.items():
-            module.activation_stages.add_module(name, stage)  # type: ignore[union-attr]
-    module.__class__ = staged_class(staged or type(module), tensors)
+    for name, stages in ((f"{site.tensor}_stages", weight_stages), ("activation_stages", activation_stages)):
+        sequence = nn.Sequential()
+        for stage_name, stage in stages.items():
+            sequence.add_module(stage_name, stage)
+        module.add_module(name, sequence.train(module.training))
+    module.__class__ = staged_class(type(module), site.tensor)
 
 
 def detach(site: Site) -> None:
     """Undo `attach`: the module gets its own class back; the Parameter object never moved."""
     module = site.module
-    for name in [name for name in module._modules if name in (f"{site.tensor}_stages", "activation_stages")]:
-        delattr(module, name)
-    if not any(name.endswith("_stages") for name in module._modules):
-        module.__class__ = type(module)._unstaged  # type: ignore[attr-defined]
+    module.__class__ = type(module)._unstaged  # type: ignore[attr-defined]
+    delattr(module, f"{site.tensor}_stages")
+    delattr(module, "activation_stages")
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -161,8 +157,10 @@ def find_sites(
     exclude: Sequence[str] = (),
     first_last: bool = False,
     embeddings: bool = False,
-) -> tuple[list[Site], list[LeftOut]]:
-    """The weights of a model that can be staged, in registration order, and those left out with the reason.
+) -> tuple[list[Site], list[LeftOut], dict[str, str]]:
+    """The weights of a model that can be staged, in registration order; those left out with the reason; the edges.
+
+    The edges are the names of the first and last layers' weights, with the word for each (`edge_names`).
 
     `include`, `exclude`: fnmatch patterns of parameter names; one that matches nothing raises `ValueError`.
     `first_last=False` leaves out the first layer (where no embedding comes before it) and the output layer.
@@ -206,7 +204,7 @@ def find_sites(
             left.append(LeftOut(site.name, f"tied to {strangers[0]}, which is not staged"))
         else:
             sites.append(site)
-    return sites, left
+    return sites, left, edges
 
 
 def _candidate(name: str, module: nn.Module, embeddings: bool) -> tuple[Site | None, str]:
@@ -222,8 +220,11 @@ def _candidate(name: str, module: nn.Module, embeddings: bool) -> tuple[Site | N
     axis = next((axis for kind, axis in OUTPUT_AXIS.items() if isinstance(module, kind)), None)
     if axis is None:
         return None, ""
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+    stored = module._parameters.get("weight")
+    if not isinstance(stored, nn.Parameter):
         return site("weight", axis), "its weight is computed from other tensors (weight norm, parametrization)"
+    if not stored.is_floating_point():
+        return site("weight", axis), f"its weight is stored as {stored.dtype}"
     if type(module).__name__.startswith(("StdConv2d", "ScaledStdConv2d")):
         return site("weight", axis), "it standardises its weight after reading it"
     return site("weight", axis), ""
@@ -246,7 +247,7 @@ def edge_names(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
         if callable(getter)
     ]
     edges = {site.name: "output layer" for site in sites if any(site.module is output for output in outputs)}
-    if not edges:
+    if not edges and getattr(model, "base_model", None) is not model:  # a bare transformers backbone has no output
         edges = {sites[-1].name: "output layer"}
     edges |= {site.name: "pooler" for site in sites if "pooler" in site.name.split(".")}
     before = next((m for m in modules.values() if isinstance(m, nn.Embedding) or m is sites[0].module), None)

@@ -48,6 +48,8 @@ class Setting:
     trained: bool = False
 
     def __post_init__(self) -> None:
+        if self.trained and (self.weights or self.activations):
+            raise ValueError("a setting is either trained or has bits of its own")
         for what, bits in (("weight bits", self.weights), ("activation bits", self.activations)):
             if bits is not None:
                 check_bits(bits, what)
@@ -78,6 +80,14 @@ class Setting:
         return re.sub(r"[@/]", "_", self.name)
 
 
+def parse_settings(settings: Sequence[Setting | str]) -> list[Setting]:
+    """Settings, read where they are text. Raises `ValueError` for one that is listed twice."""
+    parsed = [Setting.parse(setting) if isinstance(setting, str) else setting for setting in settings]
+    if len(set(parsed)) < len(parsed):
+        raise ValueError(f"a setting is listed twice: {', '.join(setting.name for setting in parsed)}")
+    return parsed
+
+
 DEFAULT_SETTINGS = tuple(Setting.parse(s) for s in ["fp", "w8", "w6", "w5", "w4", "w3", "w2", "w8a8", "w6a6", "w4a4"])
 
 
@@ -92,6 +102,11 @@ class Row:
     samples: int
     dataset: str = "eval"
     subset: str = "all"
+
+    @property
+    def on_curve(self) -> bool:
+        """Whether the row is a point of the curve over weight bits: weights only, per tensor, by the default rule."""
+        return self.weights is not None and self.activations is None and "@" not in self.setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +145,10 @@ def load_sweeps(path: str | Path) -> list[Sweep]:
 def robustness(rows: Iterable[Row], metric: str) -> float | None:
     """Area under metric against weight bits, by trapezoids, over (b_max - b_min): in units of the metric.
 
-    Over the weight-only rows; not divided by the float value, which would reward a bad float model. None
-    for fewer than two of them.
+    Over the rows on the curve (`Row.on_curve`), None for fewer than two of them; not divided by the float value,
+    which would reward a bad float model.
     """
-    points = sorted((row.weights, row.metrics[metric]) for row in rows if row.weights and not row.activations)
+    points = sorted((row.weights or 0, row.metrics[metric]) for row in rows if row.on_curve)
     if len({bits for bits, _ in points}) < 2:
         return None
     area = sum((b1 - b0) * (v0 + v1) / 2 for (b0, v0), (b1, v1) in itertools.pairwise(points))
@@ -141,36 +156,32 @@ def robustness(rows: Iterable[Row], metric: str) -> float | None:
 
 
 class Steps:
-    """The steps of a setting, computed once per sweep: weights from the stored values, activations from calibration."""
+    """The steps of each setting, searched once per sweep: of the stored weights, and of the inputs calibration saw."""
 
     def __init__(self, plugin: RobustQ) -> None:
         self.plugin = plugin
-        self._samples: dict[tuple[str, bool], Sample] = {}
-        self._steps: dict[tuple[str, Setting], tuple[Grid, torch.Tensor]] = {}
+        self._samples: dict[tuple[str, int | None], Sample] = {}
+        self._steps: dict[tuple[str, Grid, str], torch.Tensor] = {}
 
     def weight(self, site: Site, setting: Setting) -> tuple[Grid, torch.Tensor]:
         assert setting.weights is not None
-        bits = 8 if site.name in self.plugin.edges else setting.weights
-        grid = Grid(bits=bits, narrow=True, axis=site.axis if setting.per_channel else None)
-        key = (site.name, setting)
-        if key not in self._steps:
-            sample = self._samples.get((site.name, setting.per_channel))
-            if sample is None:
-                sample = weight_sample(site, grid.axis)
-                if sample.width:  # a histogram is small enough to keep
-                    self._samples[site.name, setting.per_channel] = sample
-            self._steps[key] = (grid, SCALE_RULES[setting.scale](sample, grid))
-        return self._steps[key]
+        axis = site.axis if setting.per_channel else None
+        grid = Grid(bits=8 if site.name in self.plugin.edges else setting.weights, narrow=True, axis=axis)
+        return grid, self._step(site.name, grid, setting.scale, lambda: weight_sample(site, axis))
 
     def activation(self, site: Site, setting: Setting) -> tuple[Grid, torch.Tensor]:
         assert setting.activations is not None
-        key = (f"{site.name}:input", setting)
+        sample = activation_probe(site).sample()
+        grid = activation_grid(8 if site.name in self.plugin.edges else setting.activations, sample)
+        return grid, self._step(f"the input of {site.name}", grid, setting.scale, lambda: sample)
+
+    def _step(self, name: str, grid: Grid, rule: str, observe: Callable[[], Sample]) -> torch.Tensor:
+        key = (name, grid, rule)
         if key not in self._steps:
-            probe = activation_probe(site)
-            assert probe is not None
-            sample = probe.sample()
-            grid = activation_grid(8 if site.name in self.plugin.edges else setting.activations, sample)
-            self._steps[key] = (grid, SCALE_RULES[setting.scale](sample, grid))
+            sample = self._samples.get((name, grid.axis)) or observe()
+            if sample.width:  # a histogram is small enough to keep
+                self._samples[name, grid.axis] = sample
+            self._steps[key] = SCALE_RULES[rule](sample, grid)
         return self._steps[key]
 
 
@@ -178,6 +189,7 @@ class Steps:
 def quantized(plugin: RobustQ, setting: Setting, steps: Steps) -> Iterator[None]:
     """The model as `setting` says, each weight quantized at its first read; afterwards as before, to the bit."""
     if setting.trained:
+        plugin.check_initialized()
         yield
         return
     with float_model(plugin.sites):
@@ -185,7 +197,7 @@ def quantized(plugin: RobustQ, setting: Setting, steps: Steps) -> Iterator[None]
             if setting.weights is not None:
                 weight_probe(site).quantize(*steps.weight(site, setting), keep=not is_sharded(site.parameter))
             probe = activation_probe(site)
-            if setting.activations is not None and probe is not None:
+            if setting.activations is not None and probe.histogram:
                 probe.quantize(*steps.activation(site, setting))
         yield
 
@@ -230,14 +242,13 @@ def sweep(
     limit     bytes of batches kept at a time: batches outside, settings inside, a weight quantized once for
               each setting and chunk
 
-    The model and the global RNGs are left as they were, to the bit. Settings with activations need
+    What `predict` returns is kept for every setting until the end: return no more than `metric` needs. The
+    model and the global RNGs are left as they were, to the bit. Settings with activations need
     `plugin.observe(...)` on training data first.
     """
     model = plugin.model if model is None else model
-    wanted = [Setting.parse(setting) if isinstance(setting, str) else setting for setting in settings]
+    wanted = parse_settings(settings)
     outputs: dict[str, list[Any]] = {setting.name: [] for setting in wanted}
-    if len(outputs) < len(wanted):
-        raise ValueError(f"a setting is listed twice: {', '.join(setting.name for setting in wanted)}")
     steps = Steps(plugin)
     with undisturbed(model):
         for chunk in chunked(batches, limit):

@@ -1,16 +1,17 @@
-"""What is watched while training: kurtosis, penalties, and the first non-finite weight."""
+"""What is watched while training: kurtosis, penalties, and the first non-finite tensor."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_robustq.functional import kurtosis
 from hf_robustq.regularizers import Regularizer
-from hf_robustq.sites import Site, whole
+from hf_robustq.sites import Site, is_sharded, whole
 
 NEVER = 2**62
 
@@ -34,44 +35,57 @@ def mean_penalties(sites: Sequence[Site]) -> dict[str, float]:
             if isinstance(stage, Regularizer):
                 with whole(site.parameter) as weight:
                     penalties.setdefault(name, []).append(stage.penalty(weight, *stage.parameters()).float())
-    return {name: float(torch.stack(values).mean()) for name, values in penalties.items()}
+    return {name: float(torch.stack(values).nanmean()) for name, values in penalties.items()}
 
 
 class FiniteWatch:
-    """Remembers, on the device and without a host synchronisation, the first step at which a weight was not finite."""
+    """Remembers, on the device and without a host synchronisation, the first step at which a tensor was not finite.
 
-    def __init__(self, sites: Sequence[Site]) -> None:
-        self.sites = sites
+    It looks at every parameter and floating-point buffer of a model (the local shard where it is sharded).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.since: Tensor | None = None
+
+    def reset(self) -> None:
+        """Forget what was seen: another run begins."""
+        self.since = None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        named = (*self.model.named_parameters(), *self.model.named_buffers())
+        return {name: tensor.detach() for name, tensor in named if tensor.is_floating_point()}
 
     @torch.no_grad()
     def look(self, step: int) -> None:
-        """Look at every site's stored weight (the local shard where it is sharded)."""
-        shards = []
-        for site in self.sites:
-            stored = site.parameter
-            stored = stored.to_local() if isinstance(stored, DTensor) else getattr(stored, "ds_tensor", stored)
-            shards.append(stored.detach())
-        norms = torch._foreach_norm(shards)  # pyright: ignore[reportPrivateImportUsage]
-        finite = torch.isfinite(torch.stack(norms))
-        if self.since is None or self.since.device != finite.device:
-            self.since = torch.full((len(shards),), NEVER, device=finite.device)
+        """Look at every tensor once."""
+        shards = [
+            t.to_local() if isinstance(t, DTensor) else getattr(t, "ds_tensor", t) for t in self._tensors().values()
+        ]
+        largest = torch._foreach_norm(  # pyright: ignore[reportPrivateImportUsage]
+            [shard if shard.numel() else shard.new_zeros(1) for shard in shards], ord=math.inf
+        )
+        device = largest[0].device
+        finite = torch.stack([value.to(device, torch.float32) for value in largest]).isfinite()
+        if self.since is None or self.since.numel() != finite.numel():
+            self.since = torch.full((len(shards),), NEVER, device=device)
         self.since = torch.where(finite | (self.since != NEVER), self.since, step)
 
     def check(self, step: int) -> None:
-        """Raise `FloatingPointError` naming the layer whose weight was the first not to be finite."""
+        """Raise `FloatingPointError` naming the first tensor not to be finite. A collective where any is sharded."""
         self.look(step)
         assert self.since is not None
         since = self.since
-        if torch.distributed.is_initialized():
+        if torch.distributed.is_initialized() and any(is_sharded(p) for p in self.model.parameters()):
             since = since.clone()
             torch.distributed.all_reduce(since, op=torch.distributed.ReduceOp.MIN)
         first, index = since.min(0)
         if int(first) == NEVER:
             return
+        name = list(self._tensors())[int(index)]
         others = int((since != NEVER).sum()) - 1
         raise FloatingPointError(
-            f"non-finite values in {self.sites[int(index)].name} since step {int(first)}"
-            f"{f' (and by now in {others} other layers)' if others else ''}: training stopped and nothing was saved "
+            f"non-finite values in {name} since step {int(first)}"
+            f"{f' (and by now in {others} other tensors)' if others else ''}: training stopped and nothing was saved "
             "after that step; resume from the last checkpoint with a lower learning rate or regularizer strength"
         )

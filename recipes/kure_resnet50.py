@@ -3,7 +3,7 @@
 Without arguments: a timm ResNet-50 on scikit-learn's handwritten digits, without and with KURE.
 
     accelerate launch recipes/kure_resnet50.py
-    accelerate launch recipes/kure_resnet50.py --preset cifar10 --weights <file> --dataset_name <cifar10 folder>
+    accelerate launch recipes/kure_resnet50.py --model_name_or_path <name> --dataset_name <hub id or folder>
     accelerate launch recipes/kure_resnet50.py --preset imagenet --dataset_name <hub id or folder>
 
 Every TrainingArguments flag works, and wins over the preset's.
@@ -46,7 +46,9 @@ def main() -> None:
         if args.process_index == 0:
             open_output(output, recipe.resume, recipe.overwrite)
     set_seed(args.seed)
-    train, evaluation, model = image_task(recipe, args.seed)
+    train, evaluation, model, source = image_task(recipe, args.seed)
+    if args.process_index == 0:
+        print(f"Preset: {recipe.preset}. Weights: {source}")
 
     def fit(name: str, model, regularizers: dict, **options) -> RobustTrainer:
         own = copy.deepcopy(args)
@@ -65,7 +67,10 @@ def main() -> None:
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(own.output_dir) if recipe.resume else None)
         trainer.save_model()
-        trainer.create_model_card(dataset=recipe.dataset_name)
+        if options.get("sweep") and not trainer.sweep_callback.sweeps:
+            trainer.evaluate()
+        local = recipe.dataset_name is None or Path(recipe.dataset_name).exists()
+        trainer.create_model_card(dataset=None if local else recipe.dataset_name)
         return trainer
 
     if recipe.pretrain_epochs:

@@ -10,6 +10,3 @@ REGULARIZERS = {
     "kure": lambda: KURE(),
     "kure at 3": lambda: KURE(target=3.0),
 }
-
-# name: (the rule's own objective, lower is better) is tested where the rule is; here: what all rules share
-SCALE_RULES = ("absmax", "mse")

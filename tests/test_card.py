@@ -1,3 +1,6 @@
+import dataclasses
+import sys
+
 import pytest
 from huggingface_hub import ModelCard
 
@@ -30,12 +33,35 @@ def test_card_holds_the_last_sweep_the_curve_the_config_the_seed_and_the_version
     config = RobustQConfig.from_dict({"regularizers": {"kure": {"target": 1.9}}})
     path = write_card(tmp_path, config.to_dict(), sweeps, "accuracy", seed=17, base_model="a/b", settings={"epochs": 2})
     text = path.read_text()
-    assert "| this model | 91.00 | 80.00 | 20.00 | 70.00 |" in text and "| epoch 1 | 90.00 |" in text
+    assert "| eval | 91.00 | 80.00 | 20.00 | 70.00 |" in text and "| eval, epoch 1 | 90.00 |" in text
     assert "target: 1.9" in text and "- seed: 17" in text and "- epochs: 2" in text and "- torch: " in text
     assert "64 training samples" in text and "Not measured" in text
     assert (tmp_path / "robustq_curve.png").read_bytes().startswith(b"\x89PNG")
     data = ModelCard.load(path).data
     assert data.base_model == "a/b" and "robustq" in data.tags
+
+
+def test_card_is_about_the_step_in_the_folder_and_every_evaluation_set(tmp_path, sweeps):
+    def renamed(sweep, name):
+        return dataclasses.replace(sweep, rows=[dataclasses.replace(row, dataset=name) for row in sweep.rows])
+
+    both = [renamed(sweep, name) for sweep in sweeps for name in ("a", "b")]
+    text = write_card(tmp_path, {}, both, "accuracy", seed=0, step=5).read_text()
+    before, history = text.split("## During training")
+    assert "| a | 90.00 |" in before and "| b | 90.00 |" in before and "91.00" not in before
+    assert history.count("epoch 1") == history.count("epoch 2") == 2
+
+
+def test_a_loss_is_not_a_percentage(tmp_path):
+    losses = Sweep(rows=[dataclasses.replace(row, metrics={"loss": 3.5}) for row in rows(fp=0.0, w4=0.0)], step=1)
+    text = write_card(tmp_path, {}, [losses], "loss", seed=0).read_text()
+    assert "| eval | 3.50 | 3.50 |" in text and "%" not in text.split("## How")[0]
+
+
+def test_without_matplotlib_there_is_a_card_and_no_plot(tmp_path, sweeps, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    text = write_card(tmp_path, {}, sweeps, "accuracy", seed=0).read_text()
+    assert "png" not in text and "hf_robustq[report]" in caplog.text
 
 
 def test_plot_without_a_float_row(tmp_path, sweeps):

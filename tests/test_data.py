@@ -17,7 +17,6 @@ import hf_robustq.data.draws as splitmix
 from hf_robustq.data import (
     ImageDataset,
     LazyImageDataset,
-    check_labels,
     decode_images,
     digits,
     find_columns,
@@ -355,12 +354,6 @@ def test_no_evaluation_split(tmp_path: Path) -> None:
     table().to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
     with pytest.raises(ValueError, match="none of the splits validation, valid, test.*--eval_split from train"):
         load_image_splits(str(tmp_path / "data"))
-
-
-def test_check_labels() -> None:
-    check_labels(["cat", "dog"], 2)
-    with pytest.raises(ValueError, match="10 outputs but the dataset has 2 labels: .*num_labels=2"):
-        check_labels(["cat", "dog"], 10)
 
 
 # --- digits

@@ -3,7 +3,7 @@ import scipy.stats
 import torch
 
 from hf_robustq.functional import (
-    FUSE_FROM,
+    CACHED,
     along,
     central_moments,
     fake_quantize,
@@ -54,7 +54,7 @@ def test_along_broadcasts_over_the_named_axis():
     assert along(scale[:1], x, None).shape == (1, 1, 1)
 
 
-@pytest.mark.parametrize("size", [9, 576, 5000, FUSE_FROM + 1])
+@pytest.mark.parametrize("size", [9, 576, 5000, CACHED + 1])
 @pytest.mark.parametrize("mean", [0.0, 50.0])
 def test_moments_are_scipys(size, mean):
     x = torch.randn(size) * 0.02 + mean * 0.02
@@ -105,7 +105,7 @@ def test_without_a_compiler_the_eager_function_is_used(monkeypatch, caplog):
 
     monkeypatch.setattr(torch, "compile", refuse)
     double = fused(lambda x: 2 * x)
-    x = torch.ones(FUSE_FROM)
-    assert double(x).sum() == 2 * FUSE_FROM
-    assert double(x).sum() == 2 * FUSE_FROM
+    x = torch.ones(CACHED)
+    assert double(x).sum() == 2 * CACHED
+    assert double(x).sum() == 2 * CACHED
     assert len(caplog.records) == 1 and "no C++ compiler" in caplog.text

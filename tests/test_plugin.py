@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_robustq import RobustQ, RobustQConfig
 from hf_robustq.calibrate import weight_probe
-from tests.zoo import bert, images, resnet, run, tokens
+from tests.zoo import bert, gpt2, images, resnet, run, tokens
 
 KURE = {"regularizers": {"kure": {}}}
 
@@ -202,15 +202,83 @@ def test_kure_alone_moves_the_kurtosis_to_its_target():
     assert plugin.metrics()["kurtosis"] == pytest.approx(2.2, abs=0.05)
 
 
-def test_per_channel_and_tied_stages_are_calibrated_from_the_stored_weight():
-    from hf_robustq.scales import Sample, mse
-
+def test_per_channel_steps_beat_the_neighbouring_ones_in_every_channel():
     plugin = RobustQ(resnet(), {"weights": {"bits": 3, "per_channel": True}})
     plugin.calibrate([images()], run)
     site = plugin.sites[1]
-    quantizer = site.weight_stages.get_submodule("quantizer")
-    by_row = [float(mse(Sample.of(row), quantizer.grid)) for row in site.parameter.detach()]
-    torch.testing.assert_close(quantizer.scale, torch.tensor(by_row))
+    w, scale = site.parameter.detach().double(), site.weight_stages.get_submodule("quantizer").scale.double()
+
+    def errors(scale):
+        s = scale.view(-1, 1, 1, 1)
+        return ((w - (w / s).round().clamp(-3, 3) * s) ** 2).sum((1, 2, 3))
+
+    for factor in (0.7, 0.9, 1.1, 1.3):
+        assert bool((errors(scale) <= errors(scale * factor) * (1 + 1e-9)).all())
+
+
+def gradient_of_kure(weight):
+    w = weight.detach().double().requires_grad_()
+    d = w - w.mean()
+    return torch.autograd.grad(((d**4).mean() / (d**2).mean() ** 2 - 1.8) ** 2, w)[0]
+
+
+@pytest.mark.parametrize("kind", ["attention", "tied", "T5"])
+def test_a_weight_is_penalised_once_however_it_is_read(kind):
+    """Read functionally, by an embedding and a head, or also for its dtype: the penalty's gradient counts once."""
+    if kind == "attention":
+        model = nn.Sequential(
+            nn.Linear(16, 16), nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True), nn.Linear(16, 2)
+        )
+        batch, call = torch.randn(2, 5, 16), forward
+        config = {}
+    elif kind == "tied":
+        model, batch, call = gpt2(), tokens(), run
+        config = {"embeddings": True, "first_last": "same", "exclude": ["*wpe*"]}
+    else:
+        from transformers import T5Config, T5ForConditionalGeneration
+
+        sizes = {"vocab_size": 50, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+        model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, dropout_rate=0.0))
+        batch, call, config = tokens(), run, {"weights_only": ["*.wo.weight"]}
+    plugin = RobustQ(model, {"regularizers": {"kure": {}}, **config})
+    plugin.calibrate([batch], call)
+    model.train()
+
+    def gradients(penalised):
+        plugin.step(0.0, first=penalised)
+        model.zero_grad()
+        out = call(model, batch)
+        (out.loss if hasattr(out, "loss") else out.sum()).backward()
+        return {site.name: site.parameter.grad.clone() for site in plugin.sites}
+
+    with_penalty, without = gradients(True), gradients(False)
+    count = len({id(site.parameter) for site in plugin.sites})
+    for site in plugin.sites:
+        added = count * (with_penalty[site.name] - without[site.name]).double()
+        expected = gradient_of_kure(site.parameter)
+        ratio = float((added * expected).sum() / (expected**2).sum())
+        assert ratio == pytest.approx(1.0, abs=0.02), site.name
+
+
+def test_the_published_codes_kurtosis_is_ours_times_the_known_factor():
+    """It divides by torch.std, which makes it ((N - 1) / N)^2 times the biased kurtosis."""
+    from hf_robustq.functional import kurtosis
+
+    for values, published in (([1.0, 2.0, 3.0, 4.0], 0.9225), ([1.0, 2.0, 3.0, 4.0, 10.0], 1.78432)):
+        w = torch.tensor(values)
+        theirs = (((w - w.mean()) / w.std()) ** 4).mean().item()
+        assert theirs == pytest.approx(published, rel=1e-5)
+        assert kurtosis(w).item() * ((len(w) - 1) / len(w)) ** 2 == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_constant_weight_is_left_alone_until_it_moves():
+    model = mlp()
+    nn.init.zeros_(model[2].weight)
+    plugin = RobustQ(model, KURE)
+    plugin.calibrate([torch.randn(2, 6)], forward)
+    plugin.step(0.0, first=True)
+    model.train()(torch.randn(4, 6)).pow(2).sum().backward()
+    assert bool(plugin.sites[0].parameter.grad.isfinite().all()) and "kurtosis" not in plugin.metrics()
 
 
 def test_config_may_be_a_dict_or_the_dataclass():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hf_robustq import RobustQ, find_sites
-from hf_robustq.sites import Site, attach, edge_names, staged_class, whole
+from hf_robustq.sites import Site, attach, staged_class, whole
 from hf_robustq.sweep import Setting, Steps, quantized
 from tests.zoo import ZOO, bert, gpt2, images, resnet, run, tokens
 
@@ -95,7 +95,6 @@ def test_detach_gives_back_the_identical_parameters_and_classes(entry):
     classes = [type(m) for m in model.modules()]
     keys = list(model.state_dict())
     plugin = RobustQ(model, {**KURE, **W4A4})
-    assert all(isinstance(m, c) for m, c in zip((s.module for s in plugin.sites), (nn.Module,) * 99, strict=False))
     own = plugin.own_parameters()
     assert {name: id(p) for name, p in model.named_parameters() if name not in own} == parameters
     plugin.detach()
@@ -160,7 +159,7 @@ def test_save_and_stock_load(entry, tmp_path):
 def test_one_class_per_class():
     first, second = RobustQ(resnet(), KURE), RobustQ(resnet(), W4)
     classes = {type(site.module) for plugin in (first, second) for site in plugin.sites}
-    assert classes == {staged_class(nn.Conv2d, ("weight",)), staged_class(nn.Linear, ("weight",))}
+    assert classes == {staged_class(nn.Conv2d, "weight"), staged_class(nn.Linear, "weight")}
     site = first.sites[0]
     assert isinstance(site.module, nn.Conv2d) and type(site.module).__name__ == "Conv2d"
 
@@ -185,7 +184,7 @@ def test_conv1d_has_its_output_channels_on_axis_1():
 
 
 def test_tied_head_is_left_out_or_staged_with_its_embedding():
-    sites, left = find_sites(gpt2(), first_last=True)
+    sites, left, _ = find_sites(gpt2(), first_last=True)
     assert "lm_head.weight" not in [site.name for site in sites]
     assert any(one.name == "lm_head.weight" and "tied to transformer.wte.weight" in one.reason for one in left)
     model = gpt2()
@@ -200,21 +199,27 @@ def test_tied_head_is_left_out_or_staged_with_its_embedding():
 @pytest.mark.parametrize(
     ("build", "edges"),
     [
-        (resnet, {"timm_model.stem.conv1.weight": "first layer", "timm_model.fc.weight": "output layer"}),
+        (resnet, {"timm_model.conv1.0.weight": "first layer", "timm_model.fc.weight": "output layer"}),
         (bert, {"classifier.weight": "output layer", "bert.pooler.dense.weight": "pooler"}),
+        (lambda: bert().bert, {"pooler.dense.weight": "pooler"}),
         (gpt2, {"lm_head.weight": "output layer"}),
+        (
+            lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
+            {"0.weight": "first layer", "1.weight": "output layer"},
+        ),
     ],
 )
 def test_first_and_last_layers(build, edges):
     model = build()
-    sites, _ = find_sites(model, first_last=True, embeddings=build is gpt2)
-    found = edge_names(model, [s for s in sites if "wte" not in s.name and "wpe" not in s.name])
-    first = next(iter(n for n, why in found.items() if why == "first layer"), None)
-    if build is resnet:
-        assert first == sites[0].name and found["timm_model.fc.weight"] == "output layer"
-        assert len(found) == 2
-    else:
-        assert found == edges
+    assert find_sites(model)[2] == edges
+    sites, left, _ = find_sites(model)
+    assert not edges.keys() & {site.name for site in sites}
+    assert edges.keys() <= {one.name for one in left}
+
+
+def test_first_and_last_are_those_of_the_model_and_not_of_a_selection():
+    plugin = RobustQ(resnet(), {"weights": {"bits": 3}, "first_last": 8, "include": ["*.layer2.*"]})
+    assert {site.weight_stages.get_submodule("quantizer").grid.bits for site in plugin.sites} == {3}
 
 
 def test_first_last_8_quantizes_the_edges_to_8_bits_and_does_not_regularize_them():
@@ -264,7 +269,8 @@ def test_compiles_without_a_graph_break(config):
     eager = gradients(model.timm_model)
     compiled = gradients(torch.compile(model.timm_model, fullgraph=True))
     if "activations" in config:  # an activation on a tie may fall the other way under another order of sums
-        assert all(bool(grad.isfinite().all()) for grad in compiled)
+        for a, b in zip(eager, compiled, strict=True):
+            assert float((a - b).norm() / a.norm()) < 0.2
         return
     for a, b in zip(eager, compiled, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 + 1e-4 * float(a.abs().max()))
@@ -288,12 +294,50 @@ def test_errors_name_the_remedy():
         RobustQ(nn.ReLU(), {})
 
 
+def test_wrapped_and_sharded_models_are_refused():
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+        with pytest.raises(ValueError, match="DistributedDataParallel already: create RobustQ"):
+            RobustQ(wrapped, KURE)
+        sharded = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        mesh = init_device_mesh("cpu", (1,))
+        sharded[0].weight = nn.Parameter(distribute_tensor(sharded[0].weight.data, mesh))
+        with pytest.raises(ValueError, match="sharded"):
+            RobustQ(sharded, KURE)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_staged_model_pickles(tmp_path):
+    model, batch = resnet(), images()
+    RobustQ(model, W4).calibrate([batch], run)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(again, batch), logits(model, batch))
+
+
+def test_uninitialised_quantizers_are_an_error_where_they_would_count():
+    plugin = RobustQ(resnet(), W4)
+    with pytest.raises(RuntimeError, match="call plugin.calibrate"):
+        plugin.bake()
+
+
 def test_a_failed_attach_leaves_the_model_as_it_was():
     frozen = resnet().requires_grad_(False)
     classes = [type(m) for m in frozen.modules()]
     with pytest.raises(ValueError, match="frozen"):
         RobustQ(frozen, KURE)
     assert [type(m) for m in frozen.modules()] == classes
+    half = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    RobustQ(half, {**KURE, "include": ["2.*"], "first_last": "same"})
+    with pytest.raises(ValueError, match="staged already"):
+        RobustQ(half, {**KURE, "first_last": "same"})
+    assert type(half[0]) is nn.Linear and not hasattr(half[0], "weight_stages")
 
 
 def test_unused_and_functionally_used_layers_are_reported():
@@ -322,7 +366,7 @@ def test_a_failing_stage_is_an_error_and_not_the_raw_weight():
             return x.no_such_attribute
 
     linear = nn.Linear(2, 2)
-    attach(Site("weight", linear, "weight", 0), {"broken": Broken()})
+    attach(Site("weight", linear, "weight", 0), {"broken": Broken()}, {})
     with pytest.raises(RuntimeError, match="no_such_attribute"):
         _ = linear.weight
 

@@ -165,6 +165,12 @@ def test_trained_row_uses_the_models_own_quantizers():
     assert got["trained"] == got["w3"] != got["fp"]
 
 
+def test_trained_row_before_calibration_is_an_error():
+    model, batches = model_and_batches(1)
+    with pytest.raises(RuntimeError, match="call plugin.calibrate"):
+        sweep(RobustQ(model, {"weights": {"bits": 3}}), batches, predict, mean_logit, ["trained"])
+
+
 def test_first_last_8_keeps_the_edges_at_8_bits():
     class Record(nn.Module):
         def __init__(self):
@@ -205,6 +211,8 @@ def test_robustness_is_the_mean_height_of_the_curve():
     curve = rows(w8=1.0, w4=0.8, w2=0.0)
     assert robustness(curve, "accuracy") == pytest.approx(((0 + 0.8) / 2 * 2 + (0.8 + 1.0) / 2 * 4) / 6)
     assert robustness(rows(fp=0.9, w4=0.8), "accuracy") is None
+    other_rule = {"w4@absmax": 0.0}
+    assert robustness(rows(w8=0.9, w4=0.9, **other_rule), "accuracy") == pytest.approx(0.9)
 
 
 def test_sweeps_are_saved_and_loaded(tmp_path):

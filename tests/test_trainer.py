@@ -448,6 +448,152 @@ def test_sweep_misuse_is_refused_in_a_line(tmp_path):
         build(sweep=["x4"])
     with pytest.raises(ValueError, match="another model"):
         RobustTrainer(model=bert(), args=arguments(tmp_path), robustq=RobustQ(bert(), KURE))
-    two = build(compute_metrics=lambda p: {"f1": 0.5, "em": 0.2}, sweep=["w4"])
-    with pytest.raises(ValueError, match="pass metric= one of f1, em"):
-        two.evaluate()
+
+
+def evaluator(folder, model=None, compute_metrics=compute_accuracy, eval_dataset=None, sweep=("fp", "w4"), **options):
+    return RobustTrainer(
+        model=model or bert(), args=arguments(folder, eval_strategy="epoch", **options),
+        train_dataset=eval_dataset if model else text(),
+        eval_dataset=eval_dataset if eval_dataset is not None else text(6), robustq=KURE, sweep=list(sweep),
+        compute_metrics=compute_metrics,
+    )  # fmt: skip
+
+
+def test_evaluate_before_train_calibrates_and_adds_to_the_history_of_the_folder(tmp_path):
+    config = RobustQConfig.from_dict({**KURE.to_dict(), "weights": {"bits": 8}, "activations": {"bits": 8}})
+
+    def build():
+        return RobustTrainer(
+            model=bert(), args=arguments(tmp_path), train_dataset=text(), eval_dataset=text(6), robustq=config,
+            sweep=["fp", "trained", "w4a4"], compute_metrics=compute_accuracy,
+        )  # fmt: skip
+
+    metrics = build().evaluate()
+    assert metrics["eval_trained_loss"] == pytest.approx(metrics["eval_fp_loss"], rel=0.05)
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_trained_loss"], rel=1e-5)
+    build().evaluate()
+    assert len(load_sweeps(tmp_path / "robustq_sweep.json")) == 2
+
+
+def test_a_language_model_is_swept_by_its_loss_without_keeping_logits(tmp_path, monkeypatch):
+    asked = []
+    original = RobustTrainer.prediction_step
+    monkeypatch.setattr(
+        RobustTrainer,
+        "prediction_step",
+        lambda self, model, inputs, prediction_loss_only, **k: (
+            asked.append(prediction_loss_only) or original(self, model, inputs, prediction_loss_only, **k)
+        ),
+    )
+    data = Rows(tokens(batch=8))
+    options = {"metric_for_best_model": "eval_worst", "save_strategy": "epoch"}
+    with pytest.raises(ValueError, match="set greater_is_better=False"):
+        evaluator(tmp_path, gpt2(), None, data, **options)
+    trainer = evaluator(tmp_path, gpt2(), None, data, greater_is_better=False, **options)
+    trainer.train()
+    logs = {key: value for log in trainer.state.log_history for key, value in log.items()}
+    assert logs["eval_worst"] == max(logs["eval_fp_loss"], logs["eval_w4_loss"]) and all(asked)
+
+
+def test_several_metrics_without_accuracy_are_all_logged(tmp_path, caplog):
+    def metrics(prediction):
+        return {"f1": 0.5, "em": 0.2, "confusion": np.eye(3), "note": np.float32(1)}
+
+    trainer = evaluator(tmp_path, compute_metrics=metrics, sweep=["fp", "w4", "w2"])
+    trainer.train()
+    logs = {key: value for log in trainer.state.log_history for key, value in log.items()}
+    assert logs["eval_w4_em"] == 0.2 and logs["eval_robustness"] == 0.5 and "eval_w4_confusion" not in logs
+    assert "eval_robustness and eval_worst are of 'f1'" in caplog.text
+    chosen = evaluator(tmp_path / "em", compute_metrics=metrics, metric_for_best_model="eval_em", sweep=["w4", "w2"])
+    chosen.train()
+    assert chosen.sweep_callback.summary(chosen.sweep_callback.sweeps[-1], "eval")["eval_robustness"] == 0.2
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from (text(10)[i] for i in range(10))
+
+
+def test_an_iterable_evaluation_set(tmp_path):
+    trainer = evaluator(tmp_path, eval_dataset=Stream())
+    trainer.train()
+    assert trainer.sweep_callback.sweeps[0].rows[0].samples == 10
+    some = RobustTrainer(
+        model=bert(), args=arguments(tmp_path / "b", per_device_eval_batch_size=4), train_dataset=text(),
+        eval_dataset=Stream(), robustq=KURE, sweep=["w4"], sweep_options={"max_samples": 6},
+    )  # fmt: skip
+    some.evaluate()
+    row = some.sweep_callback.sweeps[0].rows[0]
+    assert row.samples == 8 and row.subset == "the first 2 batches"
+
+
+def test_every_second_evaluation_is_the_same_after_a_resume(tmp_path):
+    def build(folder, *callbacks):
+        torch.manual_seed(0)
+        args = arguments(
+            folder, num_train_epochs=2, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=3
+        )
+        return RobustTrainer(
+            model=bert(), args=args, train_dataset=text(), eval_dataset=text(6), robustq=KURE, sweep=["w4"],
+            sweep_options={"every": 2}, compute_metrics=compute_accuracy, callbacks=list(callbacks),
+        )  # fmt: skip
+
+    whole = build(tmp_path / "whole")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "parts", StopAt(4)).train()
+    resumed = build(tmp_path / "parts")
+    resumed.train(resume_from_checkpoint=True)
+    assert [s.step for s in resumed.sweep_callback.sweeps] == [s.step for s in whole.sweep_callback.sweeps] == [1, 3, 5]
+
+
+def test_learning_rate_schedule_counts_real_epochs_under_max_steps(tmp_path):
+    args = arguments(tmp_path, max_steps=12, learning_rate=1.0)  # 3 steps an epoch
+    schedule = {"name": "step", "every": 2}
+    config = RobustQConfig(calibration_samples=8)
+    trainer = RobustTrainer(
+        model=bert(), args=args, train_dataset=text(), robustq=config, sweep=(), lr_schedule=schedule
+    )
+    trainer.train()
+    rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
+    assert rates == pytest.approx([1.0] * 6 + [0.1] * 6)
+
+
+def test_the_card_of_a_run_is_about_the_best_checkpoint(tmp_path):
+    trainer = evaluator(
+        tmp_path,
+        num_train_epochs=3,
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card(license="apache-2.0")
+    best = next(s for s in trainer.sweep_callback.sweeps if s.step == trainer.state.best_global_step)
+    card = (tmp_path / "README.md").read_text().split("## During")[0]
+    assert f"| eval | {100 * best.value('fp'):.2f} | {100 * best.value('w4'):.2f} |" in card and "apache-2.0" in card
+
+
+def test_nan_in_a_weight_that_is_no_site_is_found_too(tmp_path):
+    model = bert()
+    args = arguments(tmp_path, max_steps=9, save_strategy="steps", save_steps=3, logging_steps=100)
+    trainer = RobustTrainer(model=model, args=args, train_dataset=text(), robustq=KURE, sweep=())
+
+    class PoisonHead(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                model.classifier.weight.data[0, 0] = float("inf")
+
+    trainer.add_callback(PoisonHead())
+    with pytest.raises(FloatingPointError, match=r"classifier\.weight since step 4"):
+        trainer.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_a_refused_construction_can_be_corrected_on_the_same_model(tmp_path):
+    model = bert()
+    for wrong in ({"sweep": ["x4"]}, {"sweep": ["w4"], "sweep_options": {"every": 0}}):
+        with pytest.raises(ValueError, match="cannot read|at least 1"):
+            RobustTrainer(model=model, args=arguments(tmp_path), train_dataset=text(), robustq=KURE, **wrong)
+    RobustTrainer(model=model, args=arguments(tmp_path), train_dataset=text(), robustq=KURE, sweep=["w4"])

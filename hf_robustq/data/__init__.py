@@ -4,12 +4,11 @@ from hf_robustq.data.decode import decode_images
 from hf_robustq.data.images import ImageDataset
 from hf_robustq.data.lazy_images import LazyImageDataset
 from hf_robustq.data.sklearn_digits import digits
-from hf_robustq.data.splits import check_labels, find_columns, image_datasets, load_image_splits
+from hf_robustq.data.splits import find_columns, image_datasets, load_image_splits
 
 __all__ = [
     "ImageDataset",
     "LazyImageDataset",
-    "check_labels",
     "decode_images",
     "digits",
     "find_columns",

@@ -123,12 +123,3 @@ def image_datasets(
         ImageDataset(*decode_images(train, image, label, resize), padding=image_size // 8, flip=True, **how),
         ImageDataset(*decode_images(evaluation, image, label, resize), **how),
     )
-
-
-def check_labels(labels: Sequence[str], num_labels: int) -> None:
-    """ValueError if the model's head has not one output per label."""
-    if len(labels) != num_labels:
-        raise ValueError(
-            f"the model has {num_labels} outputs but the dataset has {len(labels)} labels: "
-            f"build the model with num_labels={len(labels)} (and ignore_mismatched_sizes=True)."
-        )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from hf_robustq.models.mobilenet_v2 import from_torchvision
@@ -32,6 +33,7 @@ def image_classifier(
         wrapped = _timm_wrapper("mobilenetv2_100", 1000, {})
         trained = torchvision.models.get_model("mobilenet_v2", weights="IMAGENET1K_V1")
         wrapped.timm_model.load_state_dict(from_torchvision(trained.state_dict()))
+        wrapped.timm_model.pretrained_cfg = {**wrapped.timm_model.pretrained_cfg, "interpolation": "bilinear"}
         if new_head:
             wrapped.timm_model.reset_classifier(len(labels))
             wrapped.config.num_labels = wrapped.num_labels = len(labels)
@@ -65,14 +67,26 @@ def _timm_wrapper(architecture: str, num_labels: int, options: Mapping[str, Any]
 
 
 def preprocessing(model: Any) -> dict[str, Any]:
-    """`image_size`, `mean`, `std` and `interpolation` that a classifier's weights were trained with."""
-    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    """`image_size`, `mean`, `std` and `interpolation` that a classifier's weights want.
 
-    own = getattr(getattr(model, "timm_model", None), "pretrained_cfg", None) or {}
-    size = own.get("input_size", (3, getattr(model.config, "image_size", 224), 0))[1]
+    timm's own record, else the image processor beside the weights, else ImageNet's statistics.
+    """
+    own = getattr(getattr(model, "timm_model", None), "pretrained_cfg", None)
+    if own is None:
+        own = _processor(model)
     return {
-        "image_size": size,
+        "image_size": own.get("input_size", (3, getattr(model.config, "image_size", 224)))[1],
         "mean": tuple(own.get("mean", IMAGENET_DEFAULT_MEAN)),
         "std": tuple(own.get("std", IMAGENET_DEFAULT_STD)),
         "interpolation": own.get("interpolation", "bilinear"),
     }
+
+
+def _processor(model: Any) -> dict[str, Any]:
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(model.config._name_or_path)
+    except (OSError, ValueError):  # weights without a preprocessor_config.json
+        return {}
+    return {"mean": processor.image_mean, "std": processor.image_std}

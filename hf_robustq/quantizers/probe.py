@@ -22,6 +22,7 @@ class Probe(Stage):
 
     mode "off"        identity
     mode "observe"    identity; counts reads and, with `histogram=True`, collects the distribution
+                      (an input's probe without a histogram stays identity in every mode)
     mode "quantize"   s * clamp(round(x / s), low, high); range and step are tensors, so that another
                       configuration changes no module and recompiles nothing
 
@@ -41,6 +42,7 @@ class Probe(Stage):
         self.mode: Literal["off", "observe", "quantize"] = "off"
         self.keep = False  # hold on to the quantized tensor: for weights, within one configuration
         self._kept: Tensor | None = None
+        self.uses = 0.0  # of the weight in one forward, once observed
         self.register_buffer("scale", torch.ones(channels), persistent=False)
         self.register_buffer("low", torch.zeros(()), persistent=False)
         self.register_buffer("high", torch.zeros(()), persistent=False)
@@ -49,7 +51,6 @@ class Probe(Stage):
     def forget(self) -> None:
         """Start counting and observing anew."""
         self.calls = 0
-        self.uses = 0.0  # of the weight in one forward
         self.counts: Tensor | None = None
         self.bound, self.minimum, self.maximum = 0.0, 0.0, 0.0
 

@@ -52,4 +52,4 @@ class Quantizer(Stage, ABC):
 
     def extra_repr(self) -> str:
         axis = "" if self.grid.axis is None else f", axis={self.grid.axis}"
-        return f"bits={self.grid.bits}, levels={self.grid.low}..{self.grid.high}{axis}"
+        return f"bits={self.grid.bits}, levels={int(self.low)}..{int(self.high)}{axis}"

@@ -14,6 +14,7 @@ def _add_gradient(w: Tensor, grad: Tensor, strength: Tensor, target: float) -> T
     mean, m2, m3, m4 = central_moments(w)
     kurt = m4 / m2**2
     a = strength * 8.0 * (kurt - target) / (w.numel() * m2**2)
+    a, kurt = (torch.where(m2 > 0, t, torch.zeros_like(t)) for t in (a, kurt))
     dtype = working_dtype(w)
     mean, cubic, linear, offset = (t.to(dtype) for t in (mean, a, -a * kurt * m2, -a * m3))
     out = torch.empty_like(grad)
@@ -35,6 +36,8 @@ class KURE(Regularizer):
 
     With d = w - mu, m_k = E[d^k], N elements and K the kurtosis, the gradient is
     2 * (K - target) * 4 / (N * m2^2) * (d^3 - m3 - K * m2 * d).
+
+    A constant weight has no kurtosis: its gradient is left alone until it moves.
 
     Choice: the biased kurtosis (population moments), in float32. The authors' code uses torch.std, which
     makes it ((N - 1) / N)^2 times this one.

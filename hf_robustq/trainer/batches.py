@@ -14,14 +14,16 @@ from transformers.trainer_utils import RemoveColumnsCollator
 
 
 def forward(trainer: Trainer) -> Callable[[Any, Any], Any]:
-    """How a Trainer runs a batch: its own `prediction_step`, so its autocast and its placement."""
+    """How a Trainer runs a batch: its own `prediction_step`, so its placement and what its subclasses do there."""
     return lambda model, batch: trainer.prediction_step(model, dict(batch), prediction_loss_only=True)
 
 
 def calibration_batches(trainer: Trainer, dataset: Any, samples: int, seed: int) -> Iterator[Any]:
-    """`samples` random training samples in batches, the same on every rank."""
+    """`samples` random training samples in batches, the same on every rank; unaugmented, where a dataset can be."""
     if dataset is None:
         raise ValueError("calibration needs training data: pass train_dataset or calibration_dataset")
+    if callable(getattr(dataset, "evaluation", None)):
+        dataset = dataset.evaluation()
     if not isinstance(dataset, IterableDataset):
         dataset = some_of(dataset, samples, seed)
     collator = trainer.data_collator
@@ -33,7 +35,12 @@ def calibration_batches(trainer: Trainer, dataset: Any, samples: int, seed: int)
             "label_ids",
         ]
         collator = RemoveColumnsCollator(collator, accepted, logger=None, model_name=None, description=None)
-    loader = DataLoader(dataset, batch_size=trainer.args.per_device_eval_batch_size, collate_fn=collator)
+    loader = DataLoader(
+        dataset,
+        batch_size=trainer.args.per_device_eval_batch_size,
+        collate_fn=collator,
+        generator=torch.Generator(),  # else its iterator draws a seed from the global RNG
+    )
     seen = 0
     for batch in loader:
         yield batch

@@ -27,6 +27,7 @@ class RobustQCallback(TrainerCallback):
             raise ValueError(several_gpus(args.n_gpu))
         if not self.plugin.calibrated:
             raise RuntimeError("call plugin.calibrate(batches, forward) before trainer.train(), or use RobustTrainer")
+        self.plugin.watch.reset()
         own = {id(p) for p in self.plugin.own_parameters().values()}
         optimizer = kwargs.get("optimizer")
         for group in getattr(optimizer, "param_groups", ()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +16,7 @@ from hf_robustq.card import write_card
 from hf_robustq.config import RobustQConfig, check_known
 from hf_robustq.plugin import RobustQ
 from hf_robustq.schedules import LR_SCHEDULES
-from hf_robustq.sweep import DEFAULT_SETTINGS, Setting
+from hf_robustq.sweep import DEFAULT_SETTINGS, Setting, parse_settings
 from hf_robustq.trainer.batches import calibration_batches, forward
 from hf_robustq.trainer.callback import RobustQCallback, several_gpus
 from hf_robustq.trainer.sweep_callback import BitWidthSweepCallback
@@ -52,6 +53,7 @@ class RobustQMixin(_AnyTrainer):
             check_known([self.lr_schedule.get("name")], LR_SCHEDULES, "learning-rate schedule")  # type: ignore[list-item]
             known = list(inspect.signature(LR_SCHEDULES[self.lr_schedule["name"]]).parameters)[2:]
             check_known(self.lr_schedule.keys() - {"name"}, known, f"option of {self.lr_schedule['name']}")
+        settings = parse_settings(DEFAULT_SETTINGS if sweep is None else sweep)
         super().__init__(*args, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(several_gpus(self.args.n_gpu))
@@ -63,10 +65,14 @@ class RobustQMixin(_AnyTrainer):
         self.robustq_callback = RobustQCallback(self.robustq)
         self.add_callback(self.robustq_callback)
         self.sweep_callback = None
-        if sweep is None or len(sweep) > 0:
+        if settings:
             options = {"calibration_dataset": calibration_dataset, **(sweep_options or {})}
-            settings = DEFAULT_SETTINGS if sweep is None else sweep
-            self.sweep_callback = BitWidthSweepCallback(self, self.robustq, settings, **options)
+            try:
+                self.sweep_callback = BitWidthSweepCallback(self, self.robustq, settings, **options)
+            except Exception:
+                if given is None:
+                    self.robustq.detach()
+                raise
             self.add_callback(self.sweep_callback)
 
     def call_model_init(self, trial: Any = None) -> Any:
@@ -77,14 +83,22 @@ class RobustQMixin(_AnyTrainer):
                 callback.plugin = self.robustq
         return model
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Calibrate, so that steps are set before the optimizer and the wrapping; then as ever."""
+    def _calibrate_once(self) -> None:
         if not self.robustq.calibrated:
             config = self.robustq.config
             dataset = self.calibration_dataset if self.calibration_dataset is not None else self.train_dataset
             batches = calibration_batches(self, dataset, config.calibration_samples, config.seed)
             self.robustq.calibrate(batches, forward(self))
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Calibrate, so that steps are set before the optimizer and the wrapping; then as ever."""
+        self._calibrate_once()
         return super().create_optimizer(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Calibrate where nothing has yet (`evaluate` or `predict` before `train`); then as ever."""
+        self._calibrate_once()
+        return super().evaluation_loop(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """The Trainer's own choice, less everything the stages learn."""
@@ -97,12 +111,15 @@ class RobustQMixin(_AnyTrainer):
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             options = {key: value for key, value in self.lr_schedule.items() if key != "name"}
-            schedule, epochs = LR_SCHEDULES[self.lr_schedule["name"]], self.args.num_train_epochs
+            schedule = LR_SCHEDULES[self.lr_schedule["name"]]
+            batches = len(self.get_train_dataloader())
+            steps_per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
+            epochs = num_training_steps / steps_per_epoch
             warmup = self.args.get_warmup_steps(num_training_steps)
 
             def factor(step: int) -> float:
                 ramp = min(1.0, step / warmup) if warmup else 1.0
-                return ramp * schedule(step * epochs / num_training_steps, epochs, **options)
+                return ramp * schedule(step / steps_per_epoch, epochs, **options)
 
             self.lr_scheduler = LambdaLR(cast(Any, self.optimizer if optimizer is None else optimizer), factor)
             self._created_lr_scheduler = True
@@ -124,8 +141,9 @@ class RobustQMixin(_AnyTrainer):
         Of the arguments, `license`, `finetuned_from` and `dataset` are used.
         """
         if self.sweep_callback is None or not self.sweep_callback.sweeps:
-            return super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
+            super().create_model_card(*args, **kwargs)
+        elif self.is_world_process_zero():
+            best = self.state.best_global_step if self.args.load_best_model_at_end else None
             sweeps = self.sweep_callback.sweeps
             write_card(
                 str(self.args.output_dir),
@@ -137,8 +155,8 @@ class RobustQMixin(_AnyTrainer):
                 dataset=kwargs.get("dataset"),
                 license=kwargs.get("license"),
                 settings=training_settings(self.args, self.lr_schedule),
+                step=best,
             )
-        return None
 
 
 class RobustTrainer(RobustQMixin, Trainer):

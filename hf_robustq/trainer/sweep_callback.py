@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import logging
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
@@ -15,10 +20,23 @@ from transformers.trainer_pt_utils import nested_concat, nested_numpify
 from transformers.trainer_utils import EvalPrediction
 
 from hf_robustq.plugin import RobustQ
-from hf_robustq.sweep import DEFAULT_SETTINGS, Row, Setting, Sweep, load_sweeps, robustness, save_sweeps, sweep
+from hf_robustq.sweep import (
+    DEFAULT_SETTINGS,
+    Row,
+    Setting,
+    Sweep,
+    load_sweeps,
+    parse_settings,
+    robustness,
+    save_sweeps,
+    sweep,
+)
 from hf_robustq.trainer.batches import calibration_batches, count_rows, forward, some_of, with_real_samples
 
+logger = logging.getLogger(__name__)
+
 SWEEP_FILE = "robustq_sweep.json"
+SAMPLES = "number of samples"  # the key under which `_score` hands it on
 
 
 class BitWidthSweepCallback(TrainerCallback):
@@ -32,11 +50,14 @@ class BitWidthSweepCallback(TrainerCallback):
     settings      what to measure (see `Setting`)
     every         sweep at every n-th evaluation of a set
     max_samples   on a fixed random subset of that many samples (said in each row)
-    metric        what robustness and worst are of; default: accuracy, else the only metric there is
+    metric        what robustness and worst are of; default: see `main_metric`
     greater_is_better   default: yes, unless the metric is a loss
     calibration_dataset   training samples, with the evaluation transform, for activation steps;
                   default: the Trainer's training set
     limit         bytes of batches kept at a time
+
+    The predictions of every setting are kept until the end of a set: give the Trainer a
+    `preprocess_logits_for_metrics` that keeps only what `compute_metrics` needs.
     """
 
     def __init__(
@@ -56,36 +77,55 @@ class BitWidthSweepCallback(TrainerCallback):
         if not isinstance(plugin, RobustQ):
             raise ValueError("BitWidthSweepCallback needs a RobustQ: pass plugin=")
         self.plugin = plugin
-        self.settings = [Setting.parse(s) if isinstance(s, str) else s for s in settings]
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every!r}")
-        best = trainer.args.metric_for_best_model or ""
-        added = ("worst", "robustness", *(setting.key for setting in self.settings))
-        if every > 1 and any(f"_{name}" in best for name in added):
-            raise ValueError(
-                f"metric_for_best_model={best!r} comes from the sweep: it needs every=1, got every={every}"
-            )
-        if trainer.args.batch_eval_metrics:
-            raise ValueError("the sweep gathers predictions by setting: it cannot be used with batch_eval_metrics=True")
+        self.settings = parse_settings(settings)
         self.every, self.max_samples = every, max_samples
         self.metric, self.greater_is_better = metric, greater_is_better
         self.calibration_dataset = calibration_dataset
         self.limit = limit
         self.file = Path(str(trainer.args.output_dir)) / SWEEP_FILE
         self.sweeps: list[Sweep] = []
-        self.evaluations: dict[str, int] = {}
+        self._told = False
+        self._check_arguments()
+
+    def _check_arguments(self) -> None:
+        args = self.trainer.args
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1, got {self.every!r}")
+        for name in ("batch_eval_metrics", "include_for_metrics"):
+            if getattr(args, name):
+                raise ValueError(f"the sweep gathers predictions by setting: it cannot be used with {name}")
+        if not args.eval_do_concat_batches:
+            raise ValueError("the sweep joins the batches of a set: it needs eval_do_concat_batches=True")
+        best = args.metric_for_best_model or ""
+        keys = "|".join(re.escape(setting.key) for setting in self.settings)
+        if self.every > 1 and re.fullmatch(rf".*_(worst|robustness|({keys})_.+)", best):
+            raise ValueError(
+                f"metric_for_best_model={best!r} comes from the sweep: it needs every=1, got every={self.every}"
+            )
+        if self.trainer.compute_metrics is None:
+            self._check_direction("loss", self.greater_is_better or False)
+
+    def _check_direction(self, metric: str, greater: bool) -> None:
+        args = self.trainer.args
+        best = args.metric_for_best_model or ""
+        if best.endswith(("_worst", "_robustness")) and args.greater_is_better is not greater:
+            raise ValueError(
+                f"{best} is in units of {metric}: set greater_is_better={greater} in the training arguments"
+            )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
-        if state.global_step and self.file.exists():  # resumed: keep what was measured up to here
-            self.sweeps = [s for s in load_sweeps(self.file) if (s.step or 0) <= state.global_step]
+        """A fresh run starts its own history; a resumed one keeps what was measured up to here."""
+        known = load_sweeps(self.file) if state.global_step and self.file.exists() else []
+        self.sweeps = [sweep for sweep in known if (sweep.step or 0) <= state.global_step]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         metrics: dict[str, float] = kwargs["metrics"]
         prefix = next((key.removesuffix("_runtime") for key in metrics if key.endswith("_runtime")), "eval")
-        seen = self.evaluations.get(prefix, 0)
-        self.evaluations[prefix] = seen + 1
-        if seen % self.every:
+        earlier = sum(f"{prefix}_runtime" in log for log in state.log_history) - 1  # this one is logged already
+        if self.trainer.is_in_train and earlier % self.every:
             return
+        if not self.sweeps and not self.trainer.is_in_train and self.file.exists():
+            self.sweeps = load_sweeps(self.file)
         result = self.run(kwargs["eval_dataloader"], prefix)
         self.sweeps.append(result)
         if self.trainer.is_world_process_zero():
@@ -98,26 +138,20 @@ class BitWidthSweepCallback(TrainerCallback):
     def run(self, dataloader: DataLoader, prefix: str = "eval") -> Sweep:
         """Sweep over a prepared dataloader; returns the rows."""
         trainer, plugin = self.trainer, self.plugin
-        if not plugin.calibrated or any(setting.activations for setting in self.settings):
+        context: dict[str, Any] = {"seed": trainer.args.seed}
+        if any(setting.activations for setting in self.settings):
             dataset = self.calibration_dataset if self.calibration_dataset is not None else trainer.train_dataset
-            batches = calibration_batches(trainer, dataset, plugin.config.calibration_samples, plugin.config.seed)
-            with_activations = any(setting.activations for setting in self.settings)
-            plugin.observe(batches, forward(trainer), activations=with_activations)
-        subset = "all"
-        if self.max_samples is not None and not isinstance(dataloader.dataset, IterableDataset):
-            size = len(dataloader.dataset)  # type: ignore[arg-type]
-            if self.max_samples < size:
-                subset = f"{self.max_samples} of {size}, seed {plugin.config.seed}"
-                dataset = some_of(dataloader.dataset, self.max_samples, plugin.config.seed)
-                dataloader = trainer.get_test_dataloader(dataset)
-        bar = tqdm(
-            total=len(dataloader) * len(self.settings),
-            desc="sweep",
-            leave=False,
-            disable=trainer.args.disable_tqdm or not trainer.is_local_process_zero(),
-        )
-        batches = with_real_samples(trainer, dataloader)
-        with bar:
+            samples = plugin.config.calibration_samples
+            batches = list(calibration_batches(trainer, dataset, samples, plugin.config.seed))
+            plugin.observe(batches, forward(trainer), activations=True)
+            context["calibration_samples"] = sum(map(count_rows, batches))
+        dataloader, batches, subset = self._subset(dataloader)
+        try:
+            total = len(dataloader) * len(self.settings)
+        except TypeError:  # an iterable dataset
+            total = None
+        quiet = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
+        with tqdm(total=total, desc="sweep", leave=False, disable=quiet) as bar:
             measured = sweep(
                 plugin,
                 batches,
@@ -127,25 +161,32 @@ class BitWidthSweepCallback(TrainerCallback):
                 model=trainer.model,
                 limit=self.limit,
             )
-        rows = [
-            Row(
-                setting=s.name,
-                weights=s.weights,
-                activations=s.activations,
-                metrics={k: v for k, v in measured[s.name].items() if k != "samples"},
-                samples=int(measured[s.name]["samples"]),
-                dataset=prefix,
-                subset=subset,
-            )
-            for s in self.settings
-        ]
-        context = {"seed": trainer.args.seed, "calibration_samples": plugin.config.calibration_samples}
+        rows = []
+        for s in self.settings:
+            values = measured[s.name]
+            samples = int(values.pop(SAMPLES))
+            bits = {"weights": s.weights, "activations": s.activations}
+            rows.append(Row(setting=s.name, **bits, metrics=values, samples=samples, dataset=prefix, subset=subset))
         return Sweep(rows=rows, epoch=trainer.state.epoch, step=trainer.state.global_step, context=context)
+
+    def _subset(self, dataloader: DataLoader) -> tuple[DataLoader, Iterator[tuple[Any, int]], str]:
+        """(dataloader, its batches, words for the card) of at most `max_samples` samples."""
+        seed, limit = self.plugin.config.seed, self.max_samples
+        if limit is not None and isinstance(dataloader.dataset, IterableDataset):
+            batches = with_real_samples(self.trainer, dataloader)
+            args = self.trainer.args
+            count = math.ceil(limit / (args.per_device_eval_batch_size * args.world_size))
+            return dataloader, itertools.islice(batches, count), f"the first {count} batches"
+        if limit is not None and limit < (size := len(dataloader.dataset)):  # type: ignore[arg-type]
+            dataloader = self.trainer.get_test_dataloader(some_of(dataloader.dataset, limit, seed))
+            return dataloader, with_real_samples(self.trainer, dataloader), f"{limit} of {size}, seed {seed}"
+        return dataloader, with_real_samples(self.trainer, dataloader), "all"
 
     def _predict(self, model: Any, batch: tuple[Any, int], bar: Any) -> tuple[Any, Any, Any, int]:
         inputs, real = batch
         trainer = self.trainer
-        loss, logits, labels = trainer.prediction_step(model, dict(inputs), prediction_loss_only=False)
+        loss_only = trainer.compute_metrics is None or bool(trainer.args.prediction_loss_only)
+        loss, logits, labels = trainer.prediction_step(model, dict(inputs), prediction_loss_only=loss_only)
         bar.update()
         accelerator = trainer.accelerator
         if labels is not None:
@@ -158,36 +199,43 @@ class BitWidthSweepCallback(TrainerCallback):
         def gathered(tensors: Any) -> Any:
             if tensors is None:
                 return None
-            return _map(lambda tensor: accelerator.gather(tensor)[:real].cpu(), tensors)
+            return _map(lambda tensor: accelerator.gather(tensor.reshape(tensor.shape or 1))[:real].cpu(), tensors)
 
         own = count_rows(inputs)
         return gathered(loss.repeat(own) if loss is not None else None), gathered(logits), gathered(labels), real
 
     def _score(self, predicted: list[tuple[Any, Any, Any, int]]) -> dict[str, float]:
         losses, logits, labels = (_join([one[column] for one in predicted]) for column in range(3))
-        metrics: dict[str, float] = {}
+        metrics: dict[str, Any] = {}
         if self.trainer.compute_metrics is not None and logits is not None and labels is not None:
             metrics = dict(self.trainer.compute_metrics(EvalPrediction(predictions=logits, label_ids=labels)))
         if losses is not None:
-            metrics["loss"] = float(losses.mean())
-        return {**{k: float(v) for k, v in metrics.items()}, "samples": float(sum(one[3] for one in predicted))}
+            metrics["loss"] = losses.mean()
+        scalars = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
+        if not scalars:
+            raise ValueError("the sweep has nothing to measure: give labels, or compute_metrics that returns numbers")
+        return {**scalars, SAMPLES: float(sum(one[3] for one in predicted))}
 
     def main_metric(self, rows: Sequence[Row]) -> tuple[str, bool]:
-        """The metric robustness and worst are of, and whether more of it is better."""
+        """The metric robustness and worst are of, and whether more of it is better.
+
+        `metric`, else the one `metric_for_best_model` names, else accuracy, else the first that is no loss.
+        """
         names = list(rows[0].metrics)
-        metric = self.metric or ("accuracy" if "accuracy" in names else None)
-        if metric is None:
-            others = [name for name in names if name != "loss"] or names
-            if len(others) > 1:
-                raise ValueError(f"which metric is the sweep about? pass metric= one of {', '.join(others)}")
-            metric = others[0]
+        best = (self.trainer.args.metric_for_best_model or "").removeprefix(f"{rows[0].dataset}_")
+        others = [name for name in names if name != "loss"] or names
+        metric = self.metric or next((name for name in (best, "accuracy") if name in others), others[0])
         if metric not in names:
             raise ValueError(f"metric {metric!r} is not among those computed: {', '.join(names)}")
+        if self.metric is None and metric not in (best, "accuracy") and len(others) > 1 and not self._told:
+            self._told = True
+            logger.warning("eval_robustness and eval_worst are of %r; choose with metric=, one of %s", metric, others)
         greater = self.greater_is_better if self.greater_is_better is not None else not metric.endswith("loss")
         return metric, greater
 
     def summary(self, result: Sweep, prefix: str) -> dict[str, float]:
         metric, greater = self.main_metric(result.rows)
+        self._check_direction(metric, greater)
         area = robustness(result.rows, metric)
         worst = (min if greater else max)(row.metrics[metric] for row in result.rows)
         return {f"{prefix}_worst": worst, **({} if area is None else {f"{prefix}_robustness": area})}
