@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,9 +29,10 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def no_autocast(x: Tensor) -> torch.autocast:
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which autocast leaves `x`'s device alone."""
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def fused(eager: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,11 +120,14 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum() if torch.compiler.is_compiling() else torch.dot(a, b)
 
 
-def central_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+Scalar = Tensor | float
+
+
+def central_moments(x: Tensor) -> tuple[Scalar, Scalar, Scalar, Scalar]:
     """Mean and central moments (mu, m2, m3, m4) of all elements of `x`, divided by N (population moments).
 
     One pass: power sums about a provisional mean, combined in float64, so that a large mean costs no digits.
-    Returns 0-dim float64 tensors.
+    Returns Python floats for an eager CPU tensor, where nothing waits for a device, else 0-dim float64 tensors.
     """
     flat, dtype = x.detach().permute(memory_order(x)).reshape(-1), working_dtype(x)
     shift = flat[:1024].to(dtype).mean()
@@ -131,14 +136,16 @@ def central_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         d = part.to(dtype) - shift
         square = d * d
         sums = sums + torch.stack([d.sum(), inner(d, d), inner(square, d), inner(square, square)])
-    s1, s2, s3, s4 = (sums / flat.numel()).unbind()
+    eager_cpu = x.is_cpu and not torch.compiler.is_compiling()
+    sums = sums / flat.numel()
+    s1, s2, s3, s4 = sums.tolist() if eager_cpu else sums.unbind()
     m2 = s2 - s1**2
     m3 = s3 - 3 * s1 * s2 + 2 * s1**3
     m4 = s4 - 4 * s1 * s3 + 6 * s1**2 * s2 - 3 * s1**4
-    return shift + s1, m2, m3, m4
+    return s1 + (shift.item() if eager_cpu else shift), m2, m3, m4
 
 
 def kurtosis(x: Tensor) -> Tensor:
-    """Kurt[x] = E[((x - mu) / sigma)^4] over all elements: uniform 1.8, normal 3, Laplace 6. 0-dim float64."""
-    _, m2, _, m4 = central_moments(x)
+    """Kurt[x] = E[((x - mu) / sigma)^4] over all elements: uniform 1.8, normal 3, Laplace 6. 0-dim; NaN if constant."""
+    _, m2, _, m4 = (torch.as_tensor(m, dtype=torch.double) for m in central_moments(x))
     return m4 / m2**2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -62,11 +61,9 @@ class FiniteWatch:
         shards = [
             t.to_local() if isinstance(t, DTensor) else getattr(t, "ds_tensor", t) for t in self._tensors().values()
         ]
-        largest = torch._foreach_norm(  # pyright: ignore[reportPrivateImportUsage]
-            [shard if shard.numel() else shard.new_zeros(1) for shard in shards], ord=math.inf
-        )
-        device = largest[0].device
-        finite = torch.stack([value.to(device, torch.float32) for value in largest]).isfinite()
+        sums = [shard.sum(dtype=torch.float32) for shard in shards]  # finite only where every element is
+        device = sums[0].device
+        finite = torch.stack([value.to(device) for value in sums]).isfinite()
         if self.since is None or self.since.numel() != finite.numel():
             self.since = torch.full((len(shards),), NEVER, device=device)
         self.since = torch.where(finite | (self.since != NEVER), self.since, step)

@@ -113,3 +113,57 @@ def test_the_recipe_end_to_end_on_a_tiny_net(tmp_path):
     refused = run(*small, cwd=tmp_path)
     assert refused.returncode == 1 and refused.stderr.strip().splitlines()[-1].startswith("error: out is not empty")
     assert "Traceback" not in refused.stderr
+
+
+def picture_folder(folder, size, rows=12):
+    """A parquet folder in the `datasets` image format: train and test, three classes."""
+    import datasets
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        pixels = generator.integers(0, 256, (rows, size, size, 3), dtype=np.uint8)
+        features = datasets.Features({"img": datasets.Image(), "fine": datasets.ClassLabel(names=["a", "b", "c"])})
+        columns = {"img": [Image.fromarray(p) for p in pixels], "fine": [i % 3 for i in range(rows)]}
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        data = datasets.Dataset.from_dict(columns, features=features)
+        data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_the_recipe_on_a_folder_with_given_weights_interrupted_and_resumed(tmp_path, size):
+    """Small images held in memory, larger ones decoded on access; two epochs at once, or one and then the other."""
+    from safetensors.torch import load_file, save_file
+
+    data = picture_folder(tmp_path / "pictures", size)
+    model, _ = image_classifier("test_resnet", ["a", "b", "c"])
+    save_file(model.timm_model.state_dict(), tmp_path / "given.safetensors")
+    common = ["--model_name_or_path", "test_resnet", "--weights", str(tmp_path / "given.safetensors")]
+    common += ["--dataset_name", data, "--image_size", str(size), "--variants", "with", "--sweep", "fp", "w4"]
+    common += ["--per_device_train_batch_size", "4", "--disable_tqdm", "true", "--save_total_limit", "9"]
+    whole = run(*common, "--num_train_epochs", "2", "--output_dir", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    assert f"Preset: finetune. Weights: {tmp_path / 'given.safetensors'}" in whole.stdout
+    import shutil
+
+    shutil.copytree(
+        tmp_path / "whole" / "with_kure" / "checkpoint-3", tmp_path / "parts" / "with_kure" / "checkpoint-3"
+    )
+    shutil.copy(tmp_path / "whole" / "with_kure" / "robustq_sweep.json", tmp_path / "parts" / "with_kure")
+    resumed = run(*common, "--num_train_epochs", "2", "--output_dir", "parts", "--resume", cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    ends = [load_file(tmp_path / name / "with_kure" / "model.safetensors") for name in ("whole", "parts")]
+    assert all((ends[0][key] == ends[1][key]).all() for key in ends[0])
+    sweeps = [(tmp_path / name / "with_kure" / "robustq_sweep.json").read_text() for name in ("whole", "parts")]
+    assert sweeps[0] == sweeps[1]
+
+
+def test_wrong_data_is_one_line(tmp_path):
+    data = picture_folder(tmp_path / "pictures", 32)
+    done = run(
+        "--model_name_or_path", "test_resnet", "--dataset_name", data, "--label_column_name", "coarse", cwd=tmp_path
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("error: --label_column_name coarse") and "fine (ClassLabel)" in last

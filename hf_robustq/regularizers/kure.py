@@ -12,11 +12,13 @@ from hf_robustq.regularizers.regularizer import Regularizer
 def _add_gradient(w: Tensor, grad: Tensor, strength: Tensor, target: float) -> Tensor:
     """grad + strength * d |Kurt(w) - target|^2 / dw, for flat `w` and `grad`."""
     mean, m2, m3, m4 = central_moments(w)
-    kurt = m4 / m2**2
-    a = strength * 8.0 * (kurt - target) / (w.numel() * m2**2)
-    a, kurt = (torch.where(m2 > 0, t, torch.zeros_like(t)) for t in (a, kurt))
+    safe = m2 + (m2 == 0)  # of a constant weight all other factors are zero
+    kurt = m4 / safe**2
+    cubic = (strength.item() if isinstance(m2, float) else strength) * 8.0 * (kurt - target) / (w.numel() * safe**2)
     dtype = working_dtype(w)
-    mean, cubic, linear, offset = (t.to(dtype) for t in (mean, a, -a * kurt * m2, -a * m3))
+    linear, offset = -cubic * kurt * m2, -cubic * m3
+    if isinstance(mean, Tensor):
+        mean, cubic, linear, offset = (torch.as_tensor(t, dtype=dtype) for t in (mean, cubic, linear, offset))
     out = torch.empty_like(grad)
     for part, g, o in zip(chunks(w), chunks(grad), chunks(out), strict=True):
         d = part.to(dtype) - mean
