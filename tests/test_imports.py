@@ -13,7 +13,7 @@ ALLOWED = {
     "grid": set(),
     "stage": set(),
     "schedules": set(),
-    "sites": set(),
+    "sites": {"sites"},
     "scales": {"grid", "scales"},
     "quantizers": {"functional", "grid", "stage", "scales", "quantizers"},
     "regularizers": {"functional", "stage", "regularizers"},
@@ -23,7 +23,7 @@ ALLOWED = {
     "plugin": {
         "calibrate", "config", "grid", "quantizers", "regularizers", "schedules", "sites", "telemetry",
     },
-    "sweep": {"calibrate", "grid", "plugin", "scales", "sites"},
+    "sweep": {"calibrate", "grid", "plugin", "scales", "sites", "sweep"},
     "card": {"sweep"},
     "data": {"data"},
     "metrics": set(),

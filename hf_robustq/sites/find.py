@@ -1,27 +1,15 @@
-"""Sites: where a weight is read, and how stages get between the parameter and its reader.
-
-`attach` gives a module a cached subclass of its own class whose tensor is a property: it runs the stored
-parameter through `<tensor>_stages`, an ordinary `nn.Sequential`, on every read. Readers of the attribute
-(`F.linear`, `addmm`, a fused attention kernel) see the staged weight; readers of `_parameters` (optimizer,
-`state_dict`, FSDP2, ZeRO-3, safetensors, weight tying) see the user's own parameter under its own name.
-The same subclass passes the module's input through `activation_stages`.
-
-This is the only file that touches module classes.
-"""
+"""Which weights of a model can be staged, which of them are its edges, and which models are refused."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
+
+from hf_robustq.sites.site import LeftOut, Site
 
 OUTPUT_AXIS: dict[type[nn.Module], int] = {
     nn.Linear: 0,
@@ -34,121 +22,6 @@ OUTPUT_AXIS: dict[type[nn.Module], int] = {
     Conv1D: 1,
 }
 """Modules whose `weight` can be staged, and the axis of its output channels."""
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """Where: a module and one of its tensors; `name` is the parameter's in the model, `axis` its output channels."""
-
-    name: str
-    module: nn.Module
-    tensor: str
-    axis: int
-
-    @property
-    def parameter(self) -> Tensor:
-        """The stored parameter, looked up anew: FSDP2 replaces parameters, so never keep hold of one."""
-        parameter = self.module._parameters[self.tensor]
-        assert parameter is not None
-        return parameter
-
-    @property
-    def weight_stages(self) -> nn.Sequential:
-        return getattr(self.module, f"{self.tensor}_stages")
-
-    @property
-    def activation_stages(self) -> nn.Sequential:
-        return self.module.activation_stages  # type: ignore[return-value]
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """A weight that could have been a site and is not, and why."""
-
-    name: str
-    reason: str
-
-
-@functools.cache
-def staged_class(cls: type[nn.Module], tensor: str) -> type[nn.Module]:
-    """The subclass of `cls` whose `tensor` is staged on read; one per class, so that compiled code is reused."""
-    stages_name = f"{tensor}_stages"
-
-    def get(self: nn.Module) -> Any:
-        stored = self._parameters[tensor]
-        if stored is None or isinstance(stored, DTensor):  # a DTensor is storage, not compute
-            return stored
-        try:
-            return self._modules[stages_name](stored)  # type: ignore[misc]
-        except AttributeError as error:  # nn.Module.__getattr__ would go on and return the raw parameter
-            raise RuntimeError(f"a stage of {tensor} failed: {error}") from error
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        stages = self._modules["activation_stages"]
-        if args:
-            args = (stages(args[0]), *args[1:])  # type: ignore[misc]
-        else:
-            first = next(iter(kwargs))
-            kwargs = {**kwargs, first: stages(kwargs[first])}  # type: ignore[misc]
-        return cls.forward(self, *args, **kwargs)
-
-    def reduce(self: nn.Module, protocol: Any) -> Any:
-        _, _, *state = object.__reduce_ex__(self, protocol)
-        return _rebuild, (cls, tensor), *state
-
-    body = {tensor: property(get), "forward": forward, "__reduce_ex__": reduce, "_unstaged": cls}
-    return type(cls.__name__, (cls,), {**body, "__module__": cls.__module__})
-
-
-def _rebuild(cls: type[nn.Module], tensor: str) -> nn.Module:
-    """What pickle calls: the staged class is made anew, not looked up by its name."""
-    staged = staged_class(cls, tensor)
-    return staged.__new__(staged)
-
-
-def attach(site: Site, weight_stages: dict[str, nn.Module], activation_stages: dict[str, nn.Module]) -> None:
-    """Put stages between the parameter and its reader, and between the module and its first input.
-
-    Raises `ValueError` for a sharded parameter (attach before wrapping) and for a site that is staged already.
-    """
-    module = site.module
-    if isinstance(site.parameter, DTensor):
-        raise ValueError(f"{site.name} is sharded already: create RobustQ before wrapping or sharding the model")
-    if hasattr(type(module), "_unstaged"):
-        raise ValueError(f"{site.name} is staged already: call detach() on the first RobustQ of this model")
-    for name, stages in ((f"{site.tensor}_stages", weight_stages), ("activation_stages", activation_stages)):
-        sequence = nn.Sequential()
-        for stage_name, stage in stages.items():
-            sequence.add_module(stage_name, stage)
-        module.add_module(name, sequence.train(module.training))
-    module.__class__ = staged_class(type(module), site.tensor)
-
-
-def detach(site: Site) -> None:
-    """Undo `attach`: the module gets its own class back; the Parameter object never moved."""
-    module = site.module
-    module.__class__ = type(module)._unstaged  # type: ignore[attr-defined]
-    delattr(module, f"{site.tensor}_stages")
-    delattr(module, "activation_stages")
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether a parameter is stored in pieces over the ranks (FSDP2, ZeRO-3)."""
-    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
-
-
-@contextmanager
-def whole(parameter: Tensor) -> Iterator[Tensor]:
-    """The unsharded values of a parameter: gathered from FSDP2 or ZeRO-3 where it is sharded (a collective then)."""
-    if isinstance(parameter, DTensor):
-        yield parameter.full_tensor()
-    elif hasattr(parameter, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            yield parameter.data
-    else:
-        yield parameter.data
 
 
 def find_sites(
@@ -272,11 +145,3 @@ def refuse_wrapped(model: nn.Module) -> None:
     if wrapped or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         what = kind if wrapped else "sharded (DTensor parameters)"
         raise ValueError(f"the model is {what} already: create RobustQ(model, config) before wrapping or sharding it")
-
-
-@torch.no_grad()
-def bake(site: Site) -> None:
-    """Write the staged value into the parameter, then detach."""
-    value = site.weight_stages.eval()(site.parameter)
-    site.parameter.copy_(value)
-    detach(site)

@@ -1,0 +1,18 @@
+"""Sites: where a weight is read. Knows `nn.Module` and none of this package's classes."""
+
+from hf_robustq.sites.attach import attach, bake, detach, staged_class
+from hf_robustq.sites.find import find_sites, refuse_wrapped
+from hf_robustq.sites.site import LeftOut, Site, is_sharded, whole
+
+__all__ = [
+    "LeftOut",
+    "Site",
+    "attach",
+    "bake",
+    "detach",
+    "find_sites",
+    "is_sharded",
+    "refuse_wrapped",
+    "staged_class",
+    "whole",
+]

@@ -1,0 +1,62 @@
+"""Site: a module and one of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Where: a module and one of its tensors; `name` is the parameter's in the model, `axis` its output channels."""
+
+    name: str
+    module: nn.Module
+    tensor: str
+    axis: int
+
+    @property
+    def parameter(self) -> Tensor:
+        """The stored parameter, looked up anew: FSDP2 replaces parameters, so never keep hold of one."""
+        parameter = self.module._parameters[self.tensor]
+        assert parameter is not None
+        return parameter
+
+    @property
+    def weight_stages(self) -> nn.Sequential:
+        return getattr(self.module, f"{self.tensor}_stages")
+
+    @property
+    def activation_stages(self) -> nn.Sequential:
+        return self.module.activation_stages  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A weight that could have been a site and is not, and why."""
+
+    name: str
+    reason: str
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is stored in pieces over the ranks (FSDP2, ZeRO-3)."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def whole(parameter: Tensor) -> Iterator[Tensor]:
+    """The unsharded values of a parameter: gathered from FSDP2 or ZeRO-3 where it is sharded (a collective then)."""
+    if isinstance(parameter, DTensor):
+        yield parameter.full_tensor()
+    elif hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield parameter.data
+    else:
+        yield parameter.data

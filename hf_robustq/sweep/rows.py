@@ -1,0 +1,74 @@
+"""Rows: what a sweep measured, kept as JSON, and the robustness score."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a sweep: a setting and what was measured under it, on `samples` samples of `dataset`."""
+
+    setting: str
+    weights: int | None
+    activations: int | None
+    metrics: dict[str, float]
+    samples: int
+    dataset: str = "eval"
+    subset: str = "all"
+
+    @property
+    def on_curve(self) -> bool:
+        """Whether the row is a point of the curve over weight bits: weights only, per tensor, by the default rule."""
+        return self.weights is not None and self.activations is None and "@" not in self.setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """The rows of one model at one moment, with what is needed to read them."""
+
+    rows: list[Row]
+    epoch: float | None = None
+    step: int | None = None
+    context: dict[str, Any] = field(default_factory=dict)
+
+    def value(self, setting: str, metric: str = "accuracy") -> float:
+        return next(row for row in self.rows if row.setting == setting).metrics[metric]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        return cls(**{**values, "rows": [Row(**row) for row in values["rows"]]})
+
+
+def save_sweeps(sweeps: Sequence[Sweep], path: str | Path) -> None:
+    """Write sweeps as JSON; the old file stays whole until the new one is."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps([sweep.to_dict() for sweep in sweeps], indent=1), encoding="utf-8")
+    draft.replace(path)
+
+
+def load_sweeps(path: str | Path) -> list[Sweep]:
+    return [Sweep.from_dict(values) for values in json.loads(Path(path).read_text(encoding="utf-8"))]
+
+
+def robustness(rows: Iterable[Row], metric: str) -> float | None:
+    """Area under metric against weight bits, by trapezoids, over (b_max - b_min): in units of the metric.
+
+    Over the rows on the curve (`Row.on_curve`), None for fewer than two of them; not divided by the float value,
+    which would reward a bad float model.
+    """
+    points = sorted((row.weights or 0, row.metrics[metric]) for row in rows if row.on_curve)
+    if len({bits for bits, _ in points}) < 2:
+        return None
+    area = sum((b1 - b0) * (v0 + v1) / 2 for (b0, v0), (b1, v1) in itertools.pairwise(points))
+    return area / (points[-1][0] - points[0][0])
