@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_robustq.config import QuantizerConfig, RegularizerConfig, RobustQConfig
 from hf_robustq.grid import Grid
+from hf_robustq.hub import from_pretrained
 from hf_robustq.plugin import RobustQ
 from hf_robustq.quantizers import QUANTIZERS, Fixed, Quantizer
 from hf_robustq.regularizers import KURE, REGULARIZERS, Regularizer
@@ -39,6 +40,7 @@ __all__ = [
     "Site",
     "Sweep",
     "find_sites",
+    "from_pretrained",
     "robustness",
     "sweep",
 ]

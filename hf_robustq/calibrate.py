@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hf_robustq.grid import Grid
-from hf_robustq.quantizers import Probe, Quantizer
+from hf_robustq.quantizers import CallProbe, InputProbe, Probe, Quantizer, WeightProbe
 from hf_robustq.scales import Sample
 from hf_robustq.sites import Site, whole
 
@@ -69,16 +69,33 @@ def stages(sites: Sequence[Site]) -> Iterator[nn.Module]:
                 yield stage
 
 
-def weight_probe(site: Site) -> Probe:
+def own_buffers(model: nn.Module, sites: Sequence[Site]) -> list[str]:
+    """The names in the model of all buffers of all stages."""
+    own = {id(buffer) for stage in stages(sites) for buffer in stage.buffers()}
+    return [name for name, buffer in model.named_buffers() if id(buffer) in own]
+
+
+def keep_from_saving(sites: Sequence[Site]) -> list[tuple[nn.Module, str]]:
+    """Take the stages' buffers out of the state dict; returns (stage, name) of each."""
+    taken = []
+    for stage in stages(sites):
+        for name, buffer in list(stage.named_buffers(recurse=False)):
+            if name not in stage._non_persistent_buffers_set:
+                stage.register_buffer(name, buffer, persistent=False)
+                taken.append((stage, name))
+    return taken
+
+
+def weight_probe(site: Site) -> WeightProbe:
     return site.weight_stages.get_submodule("probe")  # type: ignore[return-value]
 
 
-def activation_probe(site: Site) -> Probe:
+def input_probe(site: Site) -> InputProbe | CallProbe:
     return site.activation_stages.get_submodule("probe")  # type: ignore[return-value]
 
 
 def observe(model: nn.Module, sites: Sequence[Site], batches: Iterable[Any], forward: Forward) -> int:
-    """Run the float model on `batches`; every probe counts its calls, activation probes collect their input.
+    """Run the float model on `batches`; every probe counts its calls, input probes collect their input.
 
     Returns the number of batches. Raises `ValueError` for no batch and for a non-finite input (with the
     site's name).
@@ -97,11 +114,34 @@ def observe(model: nn.Module, sites: Sequence[Site], batches: Iterable[Any], for
     return count
 
 
+def count_uses(sites: Sequence[Site], count: int, need_inputs: bool) -> None:
+    """Write each weight's reads per forward, of `count` observed, into its probe.
+
+    Raises `ValueError` for a weight that was never read and, with `need_inputs`, for inputs never seen.
+    """
+    unseen = [s.name for s in sites if isinstance(probe := input_probe(s), InputProbe) and not probe.calls]
+    uses: dict[int, float] = {}
+    for site in sites:
+        weight = weight_probe(site)
+        if weight.calls == 0:
+            raise ValueError(f"{site.name} is never used in forward: add it to exclude")
+        # A reader may also ask for `weight.dtype`, so calls of the modules count where there are any.
+        uses[id(weight)] = uses.get(id(weight), 0.0) + input_probe(site).calls / count
+    if unseen and need_inputs:
+        raise ValueError(
+            f"these weights are read without calling their modules, so the inputs cannot be quantized: "
+            f"add them to weights_only: {', '.join(unseen)}"
+        )
+    for site in sites:
+        weight = weight_probe(site)
+        weight.uses.fill_(uses[id(weight)] or weight.calls / count)
+
+
 @torch.no_grad()
-def initialize(sites: Sequence[Site], rules: dict[str, str]) -> None:
+def initialize(sites: Sequence[Site], rules: Mapping[str, Any]) -> None:
     """Set the steps of every quantizer that has none yet, from the stored weights and the observed inputs.
 
-    `rules`: the scale rule of "weights" and of "activations". Rank 0's steps are broadcast.
+    `rules`: the scale rule of "weights" and of "activations".
     """
     for site in sites:
         for quantizer in site.weight_stages:
@@ -109,14 +149,11 @@ def initialize(sites: Sequence[Site], rules: dict[str, str]) -> None:
                 quantizer.init_from(weight_sample(site, quantizer.grid.axis), rules["weights"])
         for quantizer in site.activation_stages:
             if isinstance(quantizer, Quantizer) and not bool(quantizer.initialized):
-                sample = activation_probe(site).sample()
+                probe = input_probe(site)
+                assert isinstance(probe, InputProbe)
+                sample = probe.sample()
                 quantizer.grid = activation_grid(quantizer.grid.bits, sample, quantizer.grid.narrow)
                 quantizer.init_from(sample, rules["activations"])
-    if torch.distributed.is_initialized():
-        for stage in stages(sites):
-            if isinstance(stage, Quantizer):
-                for tensor in (stage.scale, stage.low, stage.high):
-                    torch.distributed.broadcast(tensor.data, src=0)
 
 
 def activation_grid(bits: int, sample: Sample, narrow: bool = False) -> Grid:

@@ -20,15 +20,18 @@ ALLOWED = {
     "config": {"grid", "quantizers", "regularizers", "scales", "schedules"},
     "calibrate": {"grid", "quantizers", "scales", "sites"},
     "telemetry": {"functional", "regularizers", "sites"},
+    "distributed": {"sites"},
     "plugin": {
-        "calibrate", "config", "grid", "quantizers", "regularizers", "schedules", "sites", "telemetry",
+        "calibrate", "config", "distributed", "grid", "plugin", "quantizers", "regularizers", "schedules", "sites",
+        "telemetry",
     },
-    "sweep": {"calibrate", "grid", "plugin", "scales", "sites", "sweep"},
+    "hub": {"calibrate", "config", "plugin"},
+    "sweep": {"calibrate", "grid", "plugin", "quantizers", "scales", "sites", "sweep"},
     "card": {"sweep"},
     "data": {"data"},
     "metrics": set(),
     "models": {"models"},
-    "trainer": {"calibrate", "card", "config", "plugin", "schedules", "sweep", "trainer"},
+    "trainer": {"calibrate", "card", "config", "distributed", "plugin", "schedules", "sweep", "trainer"},
     "recipe": {"card", "config", "data", "models", "sweep"},
 }  # fmt: skip
 

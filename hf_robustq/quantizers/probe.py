@@ -1,4 +1,4 @@
-"""The probe: a permanent last stage, identity in training, that a sweep and a calibration speak to."""
+"""Probes: permanent last stages, identity in training, that a sweep and a calibration speak to."""
 
 from __future__ import annotations
 
@@ -18,76 +18,140 @@ from hf_robustq.stage import Stage
 class Probe(Stage):
     """Identity in training, and in evaluation until told otherwise.
 
-    `name` says whose input or weight it is, in errors.
-
     mode "off"        identity
-    mode "observe"    identity; counts reads and, with `histogram=True`, collects the distribution
-                      (an input's probe without a histogram stays identity in every mode)
+    mode "observe"    identity; counts calls
     mode "quantize"   s * clamp(round(x / s), low, high); range and step are tensors, so that another
                       configuration changes no module and recompiles nothing
 
-    `channels` is the size of `axis`: a step per tensor is stored `channels` times. Nothing of the probe
-    is saved with the model.
+    `channels` is the size of `axis`: a step per tensor is stored `channels` times.
     """
 
     scale: Tensor
     low: Tensor
     high: Tensor
 
-    def __init__(self, name: str, axis: int | None = None, channels: int = 1, histogram: bool = False) -> None:
+    def __init__(self, axis: int | None = None, channels: int = 1) -> None:
         super().__init__()
-        self.name = name
         self.axis = axis
-        self.histogram = histogram
         self.mode: Literal["off", "observe", "quantize"] = "off"
-        self.keep = False  # hold on to the quantized tensor: for weights, within one configuration
-        self._kept: Tensor | None = None
-        self.uses = 0.0  # of the weight in one forward, once observed
-        self.register_buffer("scale", torch.ones(channels), persistent=False)
+        self.calls = 0
+        self.register_buffer("scale", torch.zeros(channels), persistent=False)
         self.register_buffer("low", torch.zeros(()), persistent=False)
         self.register_buffer("high", torch.zeros(()), persistent=False)
-        self.forget()
 
     def forget(self) -> None:
         """Start counting and observing anew."""
         self.calls = 0
-        self.counts: Tensor | None = None
-        self.bound, self.minimum, self.maximum = 0.0, 0.0, 0.0
-
-    def sample(self) -> Sample:
-        """What has been observed since `forget`."""
-        if self.counts is None:
-            raise ValueError(f"nothing is known of {self.name}: call plugin.observe(batches, forward) on training data")
-        return Sample.of_histogram(self.counts, self.bound, self.minimum, self.maximum)
 
     def off(self) -> None:
-        self.mode, self.keep, self._kept = "off", False, None
+        self.mode = "off"
 
-    def quantize(self, grid: Grid, scale: Tensor, keep: bool = False) -> None:
+    def quantize(self, grid: Grid, scale: Tensor) -> None:
         """Quantize from now on with steps `scale` ([C] or [1])."""
         self.scale.copy_(scale.expand_as(self.scale))
         self.low.fill_(grid.low)
         self.high.fill_(grid.high)
-        self.mode, self.keep, self._kept = "quantize", keep, None
+        self.mode = "quantize"
 
-    def _observe(self, x: Tensor) -> None:
+    def observe(self, x: Tensor) -> None:  # noqa: ARG002
         self.calls += 1
-        if self.histogram:
-            counts = torch.zeros(BINS + 1, dtype=torch.long, device=x.device) if self.counts is None else self.counts
-            low, high = (float(extreme) for extreme in x.detach().aminmax())
-            if not math.isfinite(low + high):
-                raise ValueError(f"non-finite values in {self.name} in calibration: check the data and the weights")
-            self.counts, self.bound = accumulate(counts, self.bound, x)
-            self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
+
+    def quantized(self, x: Tensor) -> Tensor:
+        return fake_quantize(x, along(self.scale, x, self.axis), self.low, self.high)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training or self.mode == "off":
             return x
         if self.mode == "observe":
-            self._observe(x)
+            self.observe(x)
             return x
-        if self.keep and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if self._kept is None:
-                self._kept = fake_quantize(x, along(self.scale, x, self.axis), self.low, self.high)
-            return self._kept
-        return fake_quantize(x, along(self.scale, x, self.axis), self.low, self.high)
+        return self.quantized(x)
+
+
+class WeightProbe(Probe):
+    """The probe of a weight.
+
+    uses   [1] reads of the weight in one forward, once calibrated; saved with the model
+    keep   hold on to the quantized tensor, within one configuration
+    """
+
+    uses: Tensor
+
+    def __init__(self, axis: int, channels: int) -> None:
+        super().__init__(axis, channels)
+        self.keep = False
+        self._kept: Tensor | None = None
+        self.register_buffer("uses", torch.zeros(1))
+
+    def off(self) -> None:
+        super().off()
+        self.keep, self._kept = False, None
+
+    def quantize(self, grid: Grid, scale: Tensor, keep: bool = False) -> None:
+        super().quantize(grid, scale)
+        self.keep, self._kept = keep, None
+
+    def quantized(self, x: Tensor) -> Tensor:
+        if not self.keep or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().quantized(x)
+        if self._kept is None:
+            self._kept = super().quantized(x)
+        return self._kept
+
+
+class InputProbe(Probe):
+    """The probe of a layer's input; `name` is the layer's weight, for errors.
+
+    Saved with the model, so that a checkpoint takes any activation quantizer without data:
+
+    counts   [BINS + 1] int64, the histogram of `scales.sample.accumulate` over all that was observed
+    range    [3] bound of the histogram, smallest and largest element (or 0)
+    """
+
+    counts: Tensor
+    range: Tensor
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.register_buffer("counts", torch.zeros(BINS + 1, dtype=torch.long))
+        self.register_buffer("range", torch.zeros(3))
+
+    def forget(self) -> None:
+        super().forget()
+        self.counts.zero_()
+        self.range.zero_()
+
+    def sample(self) -> Sample:
+        """The distribution of what has been observed since `forget`."""
+        if not bool(self.counts.any()):
+            raise ValueError(
+                f"nothing is known of the input of {self.name}: "
+                "call plugin.observe(batches, forward) on training data, then save again"
+            )
+        return Sample.of_histogram(self.counts, *self.range.tolist())
+
+    def restored(self) -> None:
+        """Raise `ValueError` where what was loaded cannot be a histogram."""
+        bound, minimum, maximum = self.range.tolist()
+        if int(self.counts.min()) < 0 or not -bound <= minimum <= maximum <= bound < math.inf:
+            raise ValueError("the statistics of its input are no histogram")
+
+    def observe(self, x: Tensor) -> None:
+        super().observe(x)
+        low, high = (float(extreme) for extreme in x.detach().aminmax())
+        if not math.isfinite(low + high):
+            raise ValueError(
+                f"non-finite values in the input of {self.name} in calibration: check the data and the weights"
+            )
+        bound, minimum, maximum = self.range.tolist()
+        counts, bound = accumulate(self.counts, bound, x)
+        self.counts.copy_(counts)
+        self.range.copy_(torch.tensor([bound, min(minimum, low), max(maximum, high)]))
+
+
+class CallProbe(Probe):
+    """The probe of an input that stays float: it counts calls and never quantizes."""
+
+    def quantized(self, x: Tensor) -> Tensor:
+        return x

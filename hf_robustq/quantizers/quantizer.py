@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,6 +43,17 @@ class Quantizer(Stage, ABC):
         self.low.fill_(self.grid.low)
         self.high.fill_(self.grid.high)
         self.initialized.fill_(True)
+
+    def restored(self) -> None:
+        """Take the grid from `low` and `high`, which were loaded or received. Raises `ValueError` for nonsense."""
+        if not bool(self.initialized):
+            return
+        low, high = float(self.low), float(self.high)
+        self.grid = replace(self.grid, signed=low < 0, narrow=self.grid.narrow and low < 0)
+        if (low, high) != (self.grid.low, self.grid.high):
+            raise ValueError(f"levels {low:g}..{high:g} are not those of {self.grid.bits} bits")
+        if not bool((self.scale.isfinite() & (self.scale > 0)).all()):
+            raise ValueError("a step is not a positive number")
 
     @abstractmethod
     def quantize(self, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from hf_robustq.sites.attach import attach, bake, detach, staged_class
 from hf_robustq.sites.find import find_sites, refuse_wrapped
-from hf_robustq.sites.site import LeftOut, Site, is_sharded, whole
+from hf_robustq.sites.site import LeftOut, Site, is_sharded, whole, whole_shape
 
 __all__ = [
     "LeftOut",
@@ -15,4 +15,5 @@ __all__ = [
     "refuse_wrapped",
     "staged_class",
     "whole",
+    "whole_shape",
 ]

@@ -26,10 +26,10 @@ def staged_class(cls: type[nn.Module], tensor: str) -> type[nn.Module]:
 
     def get(self: nn.Module) -> Any:
         stored = self._parameters[tensor]
-        if stored is None or isinstance(stored, DTensor):  # a DTensor is storage, not compute
+        if stored is None or isinstance(stored, DTensor) or stored.is_meta:  # storage, not compute
             return stored
         try:
-            return self._modules[stages_name](stored)  # type: ignore[misc]
+            return getattr(self, stages_name)(stored)
         except AttributeError as error:  # nn.Module.__getattr__ would go on and return the raw parameter
             raise RuntimeError(f"a stage of {tensor} failed: {error}") from error
 
@@ -56,22 +56,40 @@ def _rebuild(cls: type[nn.Module], tensor: str) -> nn.Module:
     return staged.__new__(staged)
 
 
-def attach(site: Site, weight_stages: dict[str, nn.Module], activation_stages: dict[str, nn.Module]) -> None:
+def attach(
+    site: Site, weight_stages: dict[str, nn.Module] | nn.Sequential, activation_stages: dict[str, nn.Module]
+) -> None:
     """Put stages between the parameter and its reader, and between the module and its first input.
 
-    Raises `ValueError` for a sharded parameter (attach before wrapping) and for a site that is staged already.
+    `weight_stages` is the sequence of another site where the two share their parameter: it stays that site's
+    submodule, so that no tensor is saved twice.
+
+    Raises `ValueError` for a sharded parameter (attach before wrapping), for a site that is staged already,
+    and for a module whose `forward` was replaced on the instance, which would bypass the stages.
     """
     module = site.module
     if isinstance(site.parameter, DTensor):
         raise ValueError(f"{site.name} is sharded already: create RobustQ before wrapping or sharding the model")
     if hasattr(type(module), "_unstaged"):
-        raise ValueError(f"{site.name} is staged already: call detach() on the first RobustQ of this model")
-    for name, stages in ((f"{site.tensor}_stages", weight_stages), ("activation_stages", activation_stages)):
-        sequence = nn.Sequential()
-        for stage_name, stage in stages.items():
-            sequence.add_module(stage_name, stage)
-        module.add_module(name, sequence.train(module.training))
+        raise ValueError(f"{site.name} is staged already: use RobustQ.of(model), or detach() it first")
+    if "forward" in vars(module):
+        raise ValueError(
+            f"the forward of {site.name} was replaced (device_map and other hooks do that), so its input cannot "
+            "be staged: load the model on one device, and attach before anything else hooks into it"
+        )
+    if isinstance(weight_stages, nn.Sequential):
+        object.__setattr__(module, f"{site.tensor}_stages", weight_stages)
+    else:
+        module.add_module(f"{site.tensor}_stages", _sequence(weight_stages, module.training))
+    module.add_module("activation_stages", _sequence(activation_stages, module.training))
     module.__class__ = staged_class(type(module), site.tensor)
+
+
+def _sequence(stages: dict[str, nn.Module], training: bool) -> nn.Sequential:
+    sequence = nn.Sequential()
+    for name, stage in stages.items():
+        sequence.add_module(name, stage)
+    return sequence.train(training)
 
 
 def detach(site: Site) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -27,6 +28,11 @@ class Site:
         return parameter
 
     @property
+    def shape(self) -> torch.Size:
+        """The whole tensor's shape, also where it is stored in pieces."""
+        return whole_shape(self.parameter)
+
+    @property
     def weight_stages(self) -> nn.Sequential:
         return getattr(self.module, f"{self.tensor}_stages")
 
@@ -46,6 +52,11 @@ class LeftOut:
 def is_sharded(parameter: Tensor) -> bool:
     """Whether a parameter is stored in pieces over the ranks (FSDP2, ZeRO-3)."""
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the unsharded parameter: ZeRO-3 leaves an empty tensor in its place."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 @contextmanager

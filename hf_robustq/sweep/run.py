@@ -10,14 +10,15 @@ import torch
 
 from hf_robustq.calibrate import (
     activation_grid,
-    activation_probe,
     float_model,
+    input_probe,
     undisturbed,
     weight_probe,
     weight_sample,
 )
 from hf_robustq.grid import Grid
 from hf_robustq.plugin import RobustQ
+from hf_robustq.quantizers import InputProbe
 from hf_robustq.scales import SCALE_RULES, Sample
 from hf_robustq.sites import Site, is_sharded
 from hf_robustq.sweep.settings import DEFAULT_SETTINGS, Setting, parse_settings
@@ -42,7 +43,9 @@ class Steps:
 
     def activation(self, site: Site, setting: Setting) -> tuple[Grid, torch.Tensor]:
         assert setting.activations is not None
-        sample = activation_probe(site).sample()
+        probe = input_probe(site)
+        assert isinstance(probe, InputProbe)
+        sample = probe.sample()
         grid = activation_grid(8 if site.name in self.plugin.edges else setting.activations, sample)
         return grid, self._step(f"the input of {site.name}", grid, setting.scale, lambda: sample)
 
@@ -67,9 +70,8 @@ def quantized(plugin: RobustQ, setting: Setting, steps: Steps) -> Iterator[None]
         for site in plugin.sites:
             if setting.weights is not None:
                 weight_probe(site).quantize(*steps.weight(site, setting), keep=not is_sharded(site.parameter))
-            probe = activation_probe(site)
-            if setting.activations is not None and probe.histogram:
-                probe.quantize(*steps.activation(site, setting))
+            if setting.activations is not None and isinstance(input_probe(site), InputProbe):
+                input_probe(site).quantize(*steps.activation(site, setting))
         yield
 
 

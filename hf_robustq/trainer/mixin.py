@@ -27,7 +27,8 @@ _AnyTrainer = Trainer if TYPE_CHECKING else object
 class RobustQMixin(_AnyTrainer):
     """Put before any Trainer class: `class RobustSeq2SeqTrainer(RobustQMixin, Seq2SeqTrainer): ...`
 
-    robustq              a `RobustQ`, or its config (then, and with `model_init`, it is created here)
+    robustq              a `RobustQ`, or its config (then, and with `model_init`, it is created here); default: the
+                         one the model was loaded with
     sweep                settings to measure after every evaluation; None: the default ones; (): no sweep
     sweep_options        what else `BitWidthSweepCallback` takes
     calibration_dataset  training samples with the evaluation transform; default: `train_dataset`
@@ -39,7 +40,7 @@ class RobustQMixin(_AnyTrainer):
     def __init__(
         self,
         *args: Any,
-        robustq: RobustQ | RobustQConfig | Mapping[str, Any],
+        robustq: RobustQ | RobustQConfig | Mapping[str, Any] | None = None,
         sweep: Sequence[Setting | str] | None = None,
         sweep_options: Mapping[str, Any] | None = None,
         calibration_dataset: Any = None,
@@ -60,7 +61,7 @@ class RobustQMixin(_AnyTrainer):
         if given is not None and given.model is not self.model:
             raise ValueError("robustq belongs to another model: pass the model it was created with")
         if self.model_init is None:  # else `call_model_init` has created it
-            self.robustq = given or RobustQ(cast(nn.Module, self.model), self._robustq_config)
+            self.robustq = given or self._stage(cast(nn.Module, self.model))
         self.calibration_dataset = calibration_dataset
         self.robustq_callback = RobustQCallback(self.robustq)
         self.add_callback(self.robustq_callback)
@@ -75,9 +76,12 @@ class RobustQMixin(_AnyTrainer):
                 raise
             self.add_callback(self.sweep_callback)
 
+    def _stage(self, model: nn.Module) -> RobustQ:
+        return RobustQ.of(model) if self._robustq_config is None else RobustQ(model, self._robustq_config)
+
     def call_model_init(self, trial: Any = None) -> Any:
         model = super().call_model_init(trial)
-        self.robustq = RobustQ(model, self._robustq_config)
+        self.robustq = self._stage(model)
         for callback in (getattr(self, "robustq_callback", None), getattr(self, "sweep_callback", None)):
             if callback is not None:
                 callback.plugin = self.robustq

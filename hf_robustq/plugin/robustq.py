@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Self
 
-import torch
 from accelerate.state import GradientState
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_robustq import calibrate as calibration
-from hf_robustq.calibrate import Forward, activation_probe, weight_probe
+from hf_robustq import distributed
+from hf_robustq.calibrate import Forward, input_probe, weight_probe
 from hf_robustq.config import QuantizerConfig, RobustQConfig
-from hf_robustq.grid import Grid
-from hf_robustq.quantizers import QUANTIZERS, Probe, Quantizer
-from hf_robustq.regularizers import REGULARIZERS, Regularizer
+from hf_robustq.plugin.mark import PLUGIN, mark, refuse_quantized, unmark
+from hf_robustq.plugin.stages import activation_stages, float_input, weight_stages
+from hf_robustq.plugin.table import table
+from hf_robustq.quantizers import InputProbe, Quantizer
+from hf_robustq.regularizers import Regularizer
 from hf_robustq.schedules import SCHEDULES
-from hf_robustq.sites import Site, attach, bake, detach, find_sites, refuse_wrapped
+from hf_robustq.sites import LeftOut, Site, attach, bake, detach, find_sites, refuse_wrapped, whole_shape
 from hf_robustq.telemetry import FiniteWatch, mean_penalties, site_kurtosis
 
 
@@ -41,6 +45,7 @@ class RobustQ:
         self.config = config if isinstance(config, RobustQConfig) else RobustQConfig.from_dict(config)
         config = self.config
         refuse_wrapped(model)
+        refuse_quantized(model)
         self.model = model
         touch_edges = config.first_last != "float"
         self.sites, self.left_out, edges = find_sites(
@@ -59,52 +64,33 @@ class RobustQ:
         self._attach()
         self.watch = FiniteWatch(model)
         self.calibrated = False
+        self._unsaved: list[tuple[nn.Module, str]] = []
+        mark(self)
+        self.before_wrapping()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """The plugin of a staged model: one that was loaded, say, or is wrapped by now. Else a `ValueError`."""
+        for module in (model, *model.modules()):
+            if isinstance(plugin := vars(module).get(PLUGIN), cls):
+                return plugin
+        raise ValueError("this model has no stages: create RobustQ(model, config), or load a folder that has them")
 
     def _attach(self) -> None:
-        shared: dict[int, dict[str, nn.Module]] = {}
+        shared: dict[int, dict[str, nn.Module] | nn.Sequential] = {}
         attached: list[Site] = []
         try:
             for site in self.sites:
-                if id(site.parameter) not in shared:  # both ends of a tie get the same stages
-                    shared[id(site.parameter)] = self._weight_stages(site)
-                attach(site, shared[id(site.parameter)], self._activation_stages(site))
+                stages = shared.get(id(site.parameter))
+                if stages is None:
+                    stages = weight_stages(self.config, site, self.edges)
+                attach(site, stages, activation_stages(self.config, site, self.edges))
+                shared[id(site.parameter)] = site.weight_stages  # both ends of a tie get the same stages
                 attached.append(site)
         except Exception:
             for site in attached:
                 detach(site)
             raise
-
-    # ---- stages ----------------------------------------------------------------------------------
-
-    def _quantizer(self, site: Site, config: QuantizerConfig, axis: int | None, narrow: bool) -> Quantizer:
-        bits = 8 if site.name in self.edges else config.bits
-        grid = Grid(bits=bits, narrow=narrow if config.narrow is None else config.narrow, axis=axis)
-        channels = site.parameter.size(axis) if axis is not None else 1
-        return QUANTIZERS[config.method](grid, channels, **config.options).to(site.parameter.device)
-
-    def _weight_stages(self, site: Site) -> dict[str, nn.Module]:
-        device = site.parameter.device
-        stages: dict[str, nn.Module] = {}
-        if site.name not in self.edges:
-            for regularizer in self.config.regularizers:
-                stages[regularizer.method] = REGULARIZERS[regularizer.method](**regularizer.options).to(device)
-        weights = self.config.weights
-        if weights is not None:
-            axis = site.axis if weights.per_channel else None
-            stages["quantizer"] = self._quantizer(site, weights, axis, narrow=True)
-        stages["probe"] = Probe(site.name, site.axis, site.parameter.size(site.axis)).to(device)
-        return stages
-
-    def _activation_stages(self, site: Site) -> dict[str, nn.Module]:
-        """The probe counts calls in any case; where it collects no histogram, the input stays float."""
-        quantizable = not isinstance(site.module, (nn.MultiheadAttention, nn.Embedding)) and not any(
-            fnmatchcase(site.name, pattern) for pattern in self.config.weights_only
-        )
-        stages: dict[str, nn.Module] = {}
-        if self.config.activations is not None and quantizable:
-            stages["quantizer"] = self._quantizer(site, self.config.activations, None, narrow=False)
-        stages["probe"] = Probe(f"the input of {site.name}", histogram=quantizable).to(site.parameter.device)
-        return stages
 
     def _carriers(self, method: str) -> list[tuple[Site, Regularizer]]:
         """The regularizer of each trainable weight, once where a weight is shared."""
@@ -117,41 +103,74 @@ class RobustQ:
 
     # ---- before training -------------------------------------------------------------------------
 
-    @torch.no_grad()
     def calibrate(self, batches: Iterable[Any], forward: Forward) -> None:
         """Run `forward(model, batch)` on training batches: count calls, set steps that are not set yet.
 
         The model runs in evaluation mode, in float and without gradients, and is left as it was, global
-        RNGs included. Raises `ValueError` for an empty set, for a layer that is never used, and, where
-        inputs are to be quantized, for a layer whose input is never seen.
+        RNGs included. Before wrapping; under ZeRO-3 with `zero.Init`, after it. Every rank runs the same
+        batches (with FSDP's `cpu_ram_efficient_loading` rank 0 alone) and then has rank 0's figures. Raises
+        `ValueError` for an empty set, for a layer that is never used, where inputs are to be quantized for
+        layers whose input is never seen, and where ranks have different configs.
         """
-        self.observe(batches, forward)
-        weights, activations = self.config.weights, self.config.activations
-        rules = {
-            "weights": weights.scale if weights else "mse",
-            "activations": activations.scale if activations else "mse",
-        }
-        calibration.initialize(self.sites, rules)
+        distributed.agree(self.description(), "what to do to the model")
+        self.before_wrapping()
+
+        def calibrate() -> None:
+            self._observe(batches, forward, need_inputs=self.config.activations is not None)
+            self._initialize()
+
+        if distributed.weights_on_rank_0(self.model):
+            distributed.on_rank_0(calibrate, "calibration")
+        else:
+            calibrate()
+        self._share()
         self.calibrated = True
 
     def observe(self, batches: Iterable[Any], forward: Forward, activations: bool = False) -> None:
         """Count calls and collect the distribution of every input anew. `activations`: a missing one is an error."""
+        self._observe(batches, forward, need_inputs=activations or self.config.activations is not None)
+        self._share()
+
+    def _observe(self, batches: Iterable[Any], forward: Forward, need_inputs: bool) -> None:
         count = calibration.observe(self.model, self.sites, batches, forward)
-        uses: dict[int, float] = {}
-        for site in self.sites:
-            weight, probe = weight_probe(site), activation_probe(site)
-            if weight.calls == 0:
-                raise ValueError(f"{site.name} is never used in forward: add it to exclude")
-            if probe.histogram and probe.calls == 0 and (activations or self.config.activations is not None):
-                raise ValueError(
-                    f"{site.name} is read without calling its module, so its input cannot be quantized: "
-                    f"add {site.name!r} to weights_only"
-                )
-            # A reader may also ask for `weight.dtype`, so calls of the modules count where there are any.
-            uses[id(weight)] = uses.get(id(weight), 0.0) + probe.calls / count
-        for site in self.sites:
-            weight = weight_probe(site)
-            weight.uses = uses[id(weight)] or weight.calls / count
+        calibration.count_uses(self.sites, count, need_inputs)
+
+    def _initialize(self) -> None:
+        """Set the steps that are not set yet, each by the rule of its config."""
+        weights, activations = self.config.weights, self.config.activations
+        rules = {"weights": weights and weights.scale, "activations": activations and activations.scale}
+        calibration.initialize(self.sites, rules)
+
+    def _share(self) -> None:
+        """Rank 0's steps and statistics on every rank."""
+        stages = list(calibration.stages(self.sites))
+        distributed.broadcast(buffer for stage in stages for buffer in stage.buffers())
+        for stage in stages:
+            if isinstance(stage, Quantizer):
+                stage.restored()
+
+    def before_wrapping(self) -> None:
+        """What backends need to know of the stages' tensors; called where the plugin is created and calibrates.
+
+        DDP need not send them from rank 0 at every forward: they are equal already. FSDP2 with
+        `cpu_ram_efficient_loading` takes every saved tensor for a sharded parameter (accelerate 1.15): they
+        stay out of the state dict until `after_wrapping`.
+        """
+        names = {*getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())}
+        names.update(calibration.own_buffers(self.model, self.sites))
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
+        if distributed.weights_on_rank_0(self.model):
+            self._unsaved += calibration.keep_from_saving(self.sites)
+
+    def after_wrapping(self) -> None:
+        """The stages' tensors are saved again; called by the first `step`."""
+        while self._unsaved:
+            stage, name = self._unsaved.pop()
+            stage.register_buffer(name, stage._buffers[name], persistent=True)
+
+    def description(self) -> dict[str, Any]:
+        """What ranks, and a checkpoint and who resumes it, must agree on."""
+        return {**self.config.to_dict(), "weights of the model": {site.name: list(site.shape) for site in self.sites}}
 
     # ---- training --------------------------------------------------------------------------------
 
@@ -165,6 +184,7 @@ class RobustQ:
         """
         if not self.calibrated:
             raise RuntimeError("call plugin.calibrate(batches, forward) before the first step")
+        self.after_wrapping()
         if first is None:
             first = bool(GradientState().sync_gradients)
         for regularizer in self.config.regularizers:
@@ -173,7 +193,7 @@ class RobustQ:
             for site, stage in carriers:
                 stage.active = first and factor > 0
                 if stage.active:
-                    strength = torch.full_like(stage.strength, factor / weight_probe(site).uses)
+                    strength = factor / weight_probe(site).uses[0]
                     stage.strength.copy_(strength if scaler is None else scaler.scale(strength))
 
     def end_micro_batch(self) -> None:
@@ -207,8 +227,8 @@ class RobustQ:
         own = self.own_parameters()
         rest = [p for name, p in self.model.named_parameters() if p.requires_grad and name not in own]
         groups: list[dict[str, Any]] = [
-            {"params": [p for p in rest if p.dim() > 1], "weight_decay": weight_decay},
-            {"params": [p for p in rest if p.dim() <= 1], "weight_decay": 0.0},
+            {"params": [p for p in rest if len(whole_shape(p)) > 1], "weight_decay": weight_decay},
+            {"params": [p for p in rest if len(whole_shape(p)) <= 1], "weight_decay": 0.0},
         ]
         if own:
             rate = {} if scale_lr is None else {"lr": scale_lr}
@@ -217,21 +237,62 @@ class RobustQ:
 
     # ---- afterwards ------------------------------------------------------------------------------
 
-    def bake(self) -> nn.Module:
-        """Put the weights on their grids for good and detach; returns the model.
+    def bake(self, activations: bool = False) -> nn.Module:
+        """Put the weights on their grids for good; returns the model.
 
-        Activation quantizers are dropped: a baked model is the user's own, with quantized weights. Raises
-        `RuntimeError` before calibration.
+        Without `activations` all stages come off, activation quantizers among them: the model is the user's
+        own, with quantized weights. With `activations` these stay. Raises `RuntimeError` before calibration.
         """
         self.check_initialized()
         baked: set[int] = set()
         for site in self.sites:
+            inputs, probe = dict(site.activation_stages.named_children()), weight_probe(site)
             if id(site.parameter) in baked:
                 detach(site)
             else:
                 baked.add(id(site.parameter))
                 bake(site)
+            if activations:
+                attach(site, {"probe": probe}, inputs)
+        self.config = replace(self.config, weights=None, regularizers=())
+        (mark if activations else unmark)(self)
         return self.model
+
+    def requantized(self, weights: QuantizerConfig | None, activations: QuantizerConfig | None) -> RobustQ:
+        """The same model with other quantizers, from its stored weights and what was observed of its inputs.
+
+        Takes the place of this plugin, which is detached.
+        """
+        observed = {site.name: (weight_probe(site), input_probe(site)) for site in self.sites}
+        self.detach()
+        plugin = RobustQ(self.model, replace(self.config, weights=weights, activations=activations))
+        for site in plugin.sites:
+            for mine, theirs in zip((weight_probe(site), input_probe(site)), observed[site.name], strict=True):
+                mine.load_state_dict(theirs.state_dict())
+        plugin._initialize()
+        plugin.calibrated = True
+        return plugin
+
+    def enable(self, on: bool) -> None:
+        """Switch all quantizers on or off; off, a weight reads as the stored parameter."""
+        for stage in calibration.stages(self.sites):
+            if isinstance(stage, Quantizer):
+                stage.enabled = on
+
+    def restored(self) -> None:
+        """Take over what was loaded into the stages. Raises `ValueError`, with the weight's name, for nonsense."""
+        for site in self.sites:
+            for stage in (*site.weight_stages, *site.activation_stages):
+                try:
+                    if isinstance(stage, Quantizer):
+                        stage.restored()
+                    if isinstance(stage, InputProbe):
+                        stage.restored()
+                except ValueError as error:
+                    raise ValueError(f"{site.name}: {error}") from None
+        quantizers = [stage for stage in calibration.stages(self.sites) if isinstance(stage, Quantizer)]
+        used = all(bool(weight_probe(site).uses > 0) for site in self.sites)
+        self.calibrated = used and all(bool(quantizer.initialized) for quantizer in quantizers)
 
     def check_initialized(self) -> None:
         """Raise `RuntimeError` where a quantizer has no steps yet."""
@@ -243,22 +304,15 @@ class RobustQ:
         """Take every stage off; the identical parameters and classes are left. Returns the model."""
         for site in self.sites:
             detach(site)
+        unmark(self)
         return self.model
 
+    @property
+    def float_inputs(self) -> list[LeftOut]:
+        """The staged weights whose layer's input is never quantized, with the reason."""
+        reasons = ((site.name, float_input(self.config, site)) for site in self.sites)
+        return [LeftOut(name, reason) for name, reason in reasons if reason]
+
     def __repr__(self) -> str:
-        """A table: weight, shape, stages, bits; then what was left out and why."""
-        rows = [("weight", "shape", "stages", "bits")]
-        for site in self.sites:
-            stages = [name for name, _ in site.weight_stages.named_children() if name != "probe"]
-            bits = []
-            for letter, sequence in (("w", site.weight_stages), ("a", site.activation_stages)):
-                quantizer = next((stage for stage in sequence if isinstance(stage, Quantizer)), None)
-                bits.append(f"{letter}{quantizer.grid.bits}" if quantizer else "")
-            if not activation_probe(site).histogram:
-                stages.append("(input stays float)")
-            shape = "x".join(str(size) for size in site.parameter.shape)
-            rows.append((site.name, shape, " ".join(stages) or "-", "".join(bits) or "float"))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += [f"left out: {one.name}: {one.reason}" for one in self.left_out]
-        return "\n".join(lines)
+        """A table: weight, shape, stages, bits; then what was left out, what stays float, and why."""
+        return table(self.sites, self.left_out, self.float_inputs)

@@ -1,0 +1,76 @@
+"""What ranks must agree on, and what one rank tells the others. Everything is a no-op for one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_robustq.sites import is_sharded
+
+
+def several() -> bool:
+    """Whether there are other ranks."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def weights_on_rank_0(model: nn.Module) -> bool:
+    """FSDP's `cpu_ram_efficient_loading`: until the model is wrapped, only rank 0 holds its weights."""
+    names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    asked = all(os.environ.get(name, "").lower() in ("1", "true", "yes", "on") for name in names)
+    return asked and several() and not any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def agree(value: dict[str, Any], what: str) -> None:
+    """Raise `ValueError` on every rank, naming the differences, where `value` is not the same on all."""
+    if not several():
+        return
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    for rank, other in enumerate(values):
+        found = differences(values[0], other)
+        if found:
+            named = "; ".join(f"{key} is {a!r} on rank 0 and {b!r} on rank {rank}" for key, a, b in found)
+            raise ValueError(f"the ranks disagree on {what}: {named}: start every process with the same")
+
+
+def on_rank_0(task: Callable[[], None], what: str) -> None:
+    """Run `task` on rank 0 alone; where it fails there, every rank raises."""
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            task()
+        except BaseException as error:
+            dist.broadcast_object_list([f"{type(error).__name__}: {error}"], src=0)
+            raise
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise RuntimeError(f"{what} failed on rank 0: {problem[0]}")
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Rank 0's values, in place on every other."""
+    if not several():
+        return
+    for tensor in tensors:
+        data = tensor.detach()
+        if data.dtype == torch.bool:  # not every backend sends them
+            as_bytes = data.to(torch.uint8)
+            dist.broadcast(as_bytes, src=0)
+            data.copy_(as_bytes)
+        else:
+            dist.broadcast(data, src=0)
+
+
+def differences(ours: Any, theirs: Any, key: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, ours, theirs) of every leaf in which two nested dicts differ; a missing one is None."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        names = [*ours, *(name for name in theirs if name not in ours)]
+        pairs = ((f"{key}.{name}" if key else str(name), ours.get(name), theirs.get(name)) for name in names)
+        return [found for name, a, b in pairs for found in differences(a, b, name)]
+    return [] if ours == theirs else [(key, ours, theirs)]

@@ -1,0 +1,193 @@
+"""Saved folders: transformers restores their quantizers, `from_pretrained` gives them others.
+
+A folder is the user's model under its own names, the stages' tensors beside them, and the config under
+`quantization_config` in `config.json`. Only JSON and safetensors are read. Importing this registers the
+method `robustq` with transformers; transformers without this package loads the float model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_robustq.calibrate import own_buffers, stages
+from hf_robustq.config import QuantizerConfig, RobustQConfig
+from hf_robustq.plugin import METHOD, RobustQ
+
+
+def read_config(values: Any, where: str) -> RobustQConfig:
+    """The config in a folder's `quantization_config`. Raises `ValueError`, in one line, for anything else."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: quantization_config is no mapping, got {str(values)[:80]!r}")
+    try:
+        return RobustQConfig.from_dict({key: value for key, value in values.items() if key != "quant_method"})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{where}: quantization_config: {error}") from None
+
+
+@register_quantization_config(METHOD)
+class RobustQQuantizationConfig(QuantizationConfigMixin):
+    """transformers' view of a `RobustQConfig`."""
+
+    def __init__(self, **values: Any) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.robustq = read_config(values, "config.json")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, **self.robustq.to_dict()}
+
+    to_diff_dict = to_dict
+
+
+@register_quantizer(METHOD)
+class RobustQHfQuantizer(HfQuantizer):
+    """Gives a model its stages before transformers loads the weights, and takes over what was loaded.
+
+    The result is what it was before it was saved: the user's float model with stages, trainable, and no
+    "quantized model" to transformers, whose own limits for those (no `half()`, no training) do not apply.
+    """
+
+    quantization_config: Any
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self.files = list(kwargs.get("checkpoint_files") or ())
+        odd = [file for file in self.files if not str(file).endswith(".safetensors")]
+        if odd:
+            raise ValueError(f"{odd[0]}: only safetensors are read: save the model with save_pretrained")
+        if getattr(model, "_tp_size", None) is not None:
+            raise ValueError("tensor-parallel models cannot be staged: load it without tp_plan")
+        for one, other in getattr(model, "all_tied_weights_keys", {}).items():  # they are tied only after loading
+            owner, _, name = one.rpartition(".")
+            model.get_submodule(owner).register_parameter(name, model.get_parameter(other))
+        with torch.device("cpu"):  # transformers builds on the meta device
+            plugin = RobustQ(model, self.quantization_config.robustq)
+        plugin.enable(False)  # transformers reads the parameters through the attribute while it loads
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        plugin = RobustQ.of(model)
+        for stage in stages(plugin.sites):
+            for name in stage._non_persistent_buffers_set:  # transformers leaves them uninitialised
+                stage.get_buffer(name).zero_()
+        self._check_complete(model, plugin)
+        plugin.enable(True)
+        plugin.restored()
+        del model.hf_quantizer, model.quantization_method
+        model.is_quantized = False
+        model.config.quantization_config = self.quantization_config.to_dict()
+        plugin.before_wrapping()
+
+    def _check_complete(self, model: nn.Module, plugin: RobustQ) -> None:
+        """A folder without some of the stages' tensors would leave them uninitialised."""
+        own = set(own_buffers(model, plugin.sites)) | set(plugin.own_parameters())
+        expected = sum(name in own for name in model.state_dict())
+        found = 0
+        for file in self.files:
+            with safe_open(file, framework="pt") as tensors:
+                found += sum("_stages." in name for name in tensors.keys())  # noqa: SIM118
+        if found < expected:
+            raise ValueError(
+                f"{expected - found} of {expected} quantizer tensors are missing in {Path(self.files[0]).parent}: "
+                "the folder does not belong to its config.json, or to another class of model"
+            )
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+
+def from_pretrained(
+    cls: Any,
+    path: str | Path,
+    *,
+    bits: int | Literal["trained"] | None = "trained",
+    activation_bits: int | None = None,
+    scale: str = "mse",
+    per_channel: bool = False,
+    trainable: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Load a model as any quantizer would have it: `from_pretrained(AutoModelForImageClassification, path, bits=4)`.
+
+    cls              a class of transformers with `from_pretrained`
+    path             folder or Hub id
+    bits             weight bits, 2 to 16; "trained": the quantizers it was trained with; None: float weights
+    activation_bits  bits of the layers' inputs, by the statistics stored in the folder; None: float
+                     (with "trained": as trained)
+    scale            rule of `SCALE_RULES` that finds the steps, from the stored weights and statistics
+    per_channel      a step per output channel of the weights
+    trainable        keep quantizing on read, so that training can go on; else weights are quantized once,
+                     now, and a forward costs what the float model's does (and activation quantizers, if any)
+    kwargs           to `cls.from_pretrained`
+
+    The figures equal those of a sweep's row of the same setting. A folder without our config (any float
+    model) takes `bits` too, without `activation_bits`. Raises `ValueError`, in one line, for what is no
+    whole checkpoint, and for options that do not go together.
+    """
+    if bits == "trained" and activation_bits is not None:
+        raise ValueError('activation_bits needs bits: "trained" restores both as they were trained')
+    weights = None if bits in (None, "trained") else QuantizerConfig(bits=bits, scale=scale, per_channel=per_channel)
+    activations = None if activation_bits is None else QuantizerConfig(bits=activation_bits, scale=scale)
+    check_folder(Path(path))
+    model = cls.from_pretrained(path, **kwargs, use_safetensors=True)
+    try:
+        plugin = RobustQ.of(model)
+    except ValueError:
+        if bits == "trained" or activations is not None:
+            raise ValueError(
+                f"{path} has no quantizers and no statistics of activations: pass bits= alone, "
+                "or save it from a calibrated RobustQ"
+            ) from None
+        plugin = RobustQ(model, {})
+    if bits != "trained":
+        plugin = plugin.requantized(weights, activations)
+    if trainable:
+        return model
+    keep = plugin.config.activations is not None
+    return plugin.bake(activations=keep)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `ValueError` for a local folder that is no checkpoint or not a whole one."""
+    if not folder.exists():
+        return  # a Hub id
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is no checkpoint: it has no config.json")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is no mapping")
+    known = values.get("quantization_config")
+    if known is not None and not isinstance(known, dict):
+        raise ValueError(f"{file}: quantization_config is no mapping, got {str(known)[:80]!r}")
+    if known is not None and known.get("quant_method") == METHOD:
+        read_config(known, str(file))
+    for weights in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(weights, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{weights} is cut short or damaged ({error}): copy or download it again") from None

@@ -1,0 +1,44 @@
+"""How a model knows its plugin, and how its `config.json` comes to say what was done to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from hf_robustq.plugin.robustq import RobustQ
+
+PLUGIN = "_robustq"
+METHOD = "robustq"
+"""The `quant_method` of transformers' `quantization_config`."""
+
+
+def mark(plugin: RobustQ) -> None:
+    """The model leads to its plugin; `save_pretrained` writes the plugin's config into `config.json`."""
+    model: Any = plugin.model
+    object.__setattr__(model, PLUGIN, plugin)
+    if has_config(model):
+        model.config.quantization_config = {"quant_method": METHOD, **plugin.config.to_dict()}
+
+
+def unmark(plugin: RobustQ) -> None:
+    """Undo `mark`."""
+    model: Any = plugin.model
+    vars(model).pop(PLUGIN, None)
+    if has_config(model) and hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+def has_config(model: nn.Module) -> bool:
+    """Whether the model is one of transformers', with a config to save."""
+    return hasattr(getattr(model, "config", None), "save_pretrained")
+
+
+def refuse_quantized(model: nn.Module) -> None:
+    """Raise `ValueError` for a model that another method quantized."""
+    known = getattr(getattr(model, "config", None), "quantization_config", None)
+    method = known.get("quant_method") if isinstance(known, dict) else getattr(known, "quant_method", None)
+    if method is not None and method != METHOD:
+        name = getattr(method, "value", method)
+        raise ValueError(f"the model is quantized with {name}: load the float model, RobustQ quantizes it itself")

@@ -1,0 +1,65 @@
+"""Which stages a site gets, as a config says."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from hf_robustq.config import QuantizerConfig, RobustQConfig
+from hf_robustq.grid import Grid
+from hf_robustq.quantizers import QUANTIZERS, CallProbe, InputProbe, Quantizer, WeightProbe
+from hf_robustq.regularizers import REGULARIZERS
+from hf_robustq.sites import Site
+
+
+def float_input(config: RobustQConfig, site: Site) -> str:
+    """Why the input of a site's layer cannot be quantized; empty where it can."""
+    if isinstance(site.module, nn.MultiheadAttention):
+        return "attention reads its weight next to other inputs"
+    if isinstance(site.module, nn.Embedding):
+        return "an embedding's input is indices"
+    if any(fnmatchcase(site.name, pattern) for pattern in config.weights_only):
+        return "in weights_only"
+    return ""
+
+
+def weight_stages(config: RobustQConfig, site: Site, edges: Collection[str]) -> dict[str, nn.Module]:
+    """Regularizers and quantizer, which the edges have at 8 bits and without regularizers, then the probe."""
+    stages: dict[str, nn.Module] = {}
+    if site.name not in edges:
+        for regularizer in config.regularizers:
+            stages[regularizer.method] = REGULARIZERS[regularizer.method](**regularizer.options)
+    if config.weights is not None:
+        axis = site.axis if config.weights.per_channel else None
+        stages["quantizer"] = _quantizer(config.weights, site, edges, axis, narrow=True)
+    stages["probe"] = WeightProbe(site.axis, site.shape[site.axis])
+    return _beside(site, stages)
+
+
+def activation_stages(config: RobustQConfig, site: Site, edges: Collection[str]) -> dict[str, nn.Module]:
+    """Quantizer and probe of the layer's input; where it stays float, a probe that counts calls."""
+    if float_input(config, site):
+        return _beside(site, {"probe": CallProbe()})
+    stages: dict[str, nn.Module] = {}
+    if config.activations is not None:
+        stages["quantizer"] = _quantizer(config.activations, site, edges, None, narrow=False)
+    stages["probe"] = InputProbe(site.name)
+    return _beside(site, stages)
+
+
+def _quantizer(
+    config: QuantizerConfig, site: Site, edges: Collection[str], axis: int | None, narrow: bool
+) -> Quantizer:
+    bits = 8 if site.name in edges else config.bits
+    grid = Grid(bits=bits, narrow=narrow if config.narrow is None else config.narrow, axis=axis)
+    channels = site.shape[axis] if axis is not None else 1
+    return QUANTIZERS[config.method](grid, channels, **config.options)
+
+
+def _beside(site: Site, stages: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """On the weight's device; weights that are still on the meta device get theirs later."""
+    device = site.parameter.device
+    return {name: stage.to(torch.device("cpu") if device.type == "meta" else device) for name, stage in stages.items()}
