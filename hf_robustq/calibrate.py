@@ -14,7 +14,7 @@ from torch import nn
 from hf_robustq.grid import Grid
 from hf_robustq.quantizers import CallProbe, InputProbe, Probe, Quantizer, WeightProbe
 from hf_robustq.scales import Sample
-from hf_robustq.sites import Site, whole
+from hf_robustq.sites import Site, whole, whole_shape
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -107,7 +107,12 @@ def observe(model: nn.Module, sites: Sequence[Site], batches: Iterable[Any], for
             probe.forget()
             probe.mode = "observe"
         for batch in batches:
-            forward(model, batch)
+            try:
+                forward(model, batch)
+            except RuntimeError as error:
+                if any(whole_shape(site.parameter) != site.parameter.shape for site in sites):
+                    raise RuntimeError("the weights are in pieces: calibrate after accelerator.prepare") from error
+                raise
             count += 1
     if count == 0:
         raise ValueError("the calibration set is empty: give at least one batch of training data")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,20 +36,6 @@ def agree(value: dict[str, Any], what: str) -> None:
         if found:
             named = "; ".join(f"{key} is {a!r} on rank 0 and {b!r} on rank {rank}" for key, a, b in found)
             raise ValueError(f"the ranks disagree on {what}: {named}: start every process with the same")
-
-
-def on_rank_0(task: Callable[[], None], what: str) -> None:
-    """Run `task` on rank 0 alone; where it fails there, every rank raises."""
-    problem: list[str | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            task()
-        except BaseException as error:
-            dist.broadcast_object_list([f"{type(error).__name__}: {error}"], src=0)
-            raise
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise RuntimeError(f"{what} failed on rank 0: {problem[0]}")
 
 
 @torch.no_grad()

@@ -107,22 +107,18 @@ class RobustQ:
         """Run `forward(model, batch)` on training batches: count calls, set steps that are not set yet.
 
         The model runs in evaluation mode, in float and without gradients, and is left as it was, global
-        RNGs included. Before wrapping; under ZeRO-3 with `zero.Init`, after it. Every rank runs the same
-        batches (with FSDP's `cpu_ram_efficient_loading` rank 0 alone) and then has rank 0's figures. Raises
-        `ValueError` for an empty set, for a layer that is never used, where inputs are to be quantized for
-        layers whose input is never seen, and where ranks have different configs.
+        RNGs included. Call it before wrapping; where no rank holds the whole model before (`zero.Init`, FSDP's
+        `cpu_ram_efficient_loading`), after it. Every rank runs the same batches; then all have rank 0's
+        figures. Raises `ValueError` for an empty set, for a layer that is never used, where inputs are to be
+        quantized for layers whose input is never seen, and where ranks have different configs.
         """
-        distributed.agree(self.description(), "what to do to the model")
-        self.before_wrapping()
-
-        def calibrate() -> None:
-            self._observe(batches, forward, need_inputs=self.config.activations is not None)
-            self._initialize()
-
+        self.agree()
         if distributed.weights_on_rank_0(self.model):
-            distributed.on_rank_0(calibrate, "calibration")
-        else:
-            calibrate()
+            raise RuntimeError(
+                "with cpu_ram_efficient_loading other ranks have no weights yet: calibrate after accelerator.prepare"
+            )
+        self._observe(batches, forward, need_inputs=self.config.activations is not None)
+        self._initialize()
         self._share()
         self.calibrated = True
 
@@ -167,6 +163,16 @@ class RobustQ:
         while self._unsaved:
             stage, name = self._unsaved.pop()
             stage.register_buffer(name, stage._buffers[name], persistent=True)
+
+    @property
+    def weights_at_hand(self) -> bool:
+        """Whether every rank can run the model as it is: not under `zero.Init` or FSDP's lean loading, not yet."""
+        in_pieces = any(site.shape != site.parameter.shape for site in self.sites)
+        return not in_pieces and not distributed.weights_on_rank_0(self.model)
+
+    def agree(self) -> None:
+        """Raise `ValueError`, naming the differences, where ranks have different configs or weights to work on."""
+        distributed.agree(self.description(), "what to do to the model")
 
     def description(self) -> dict[str, Any]:
         """What ranks, and a checkpoint and who resumes it, must agree on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,14 +20,18 @@ class RobustQCallback(TrainerCallback):
     are learned. `RobustTrainer` does both by itself.
     """
 
-    def __init__(self, plugin: RobustQ) -> None:
+    def __init__(self, plugin: RobustQ, calibrate: Callable[[], None] | None = None) -> None:
         self.plugin = plugin
+        self.calibrate = calibrate
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if isinstance(kwargs.get("model"), torch.nn.DataParallel) or args.n_gpu > 1:
             raise ValueError(several_gpus(args.n_gpu))
+        if not self.plugin.calibrated and self.calibrate is not None:
+            self.calibrate()
         if not self.plugin.calibrated:
             raise RuntimeError("call plugin.calibrate(batches, forward) before trainer.train(), or use RobustTrainer")
+        self.plugin.agree()
         self.plugin.watch.reset()
         own = {id(p) for p in self.plugin.own_parameters().values()}
         optimizer = kwargs.get("optimizer")

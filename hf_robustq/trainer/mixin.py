@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_robustq.card import write_card
 from hf_robustq.config import RobustQConfig, check_known
@@ -19,6 +21,7 @@ from hf_robustq.schedules import LR_SCHEDULES
 from hf_robustq.sweep import DEFAULT_SETTINGS, Setting, parse_settings
 from hf_robustq.trainer.batches import calibration_batches, forward
 from hf_robustq.trainer.callback import RobustQCallback, several_gpus
+from hf_robustq.trainer.resume import check_config, readable
 from hf_robustq.trainer.sweep_callback import BitWidthSweepCallback
 
 _AnyTrainer = Trainer if TYPE_CHECKING else object
@@ -36,6 +39,7 @@ class RobustQMixin(_AnyTrainer):
     """
 
     robustq: RobustQ
+    _scheduler_state: Path | None = None
 
     def __init__(
         self,
@@ -63,7 +67,7 @@ class RobustQMixin(_AnyTrainer):
         if self.model_init is None:  # else `call_model_init` has created it
             self.robustq = given or self._stage(cast(nn.Module, self.model))
         self.calibration_dataset = calibration_dataset
-        self.robustq_callback = RobustQCallback(self.robustq)
+        self.robustq_callback = RobustQCallback(self.robustq, lambda: self._calibrate_once(wrapped=True))
         self.add_callback(self.robustq_callback)
         self.sweep_callback = None
         if settings:
@@ -87,12 +91,31 @@ class RobustQMixin(_AnyTrainer):
                 callback.plugin = self.robustq
         return model
 
-    def _calibrate_once(self) -> None:
-        if not self.robustq.calibrated:
-            config = self.robustq.config
-            dataset = self.calibration_dataset if self.calibration_dataset is not None else self.train_dataset
-            batches = calibration_batches(self, dataset, config.calibration_samples, config.seed)
-            self.robustq.calibrate(batches, forward(self))
+    def _calibrate_once(self, wrapped: bool = False) -> None:
+        """Where no rank holds the whole model before it is wrapped, only then."""
+        if self.robustq.calibrated or not (wrapped or self.robustq.weights_at_hand):
+            return
+        config = self.robustq.config
+        dataset = self.calibration_dataset if self.calibration_dataset is not None else self.train_dataset
+        batches = calibration_batches(self, dataset, config.calibration_samples, config.seed)
+        self.robustq.calibrate(batches, forward(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As ever; a checkpoint to resume from must be of this config, and may be of another backend."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no checkpoint in {self.args.output_dir}: train without resume_from_checkpoint")
+        if not resume_from_checkpoint:
+            return super().train(None, *args, **kwargs)
+        checkpoint = Path(resume_from_checkpoint)
+        if not checkpoint.is_dir():
+            raise ValueError(f"{checkpoint} is no folder: name a checkpoint to resume from")
+        check_config(checkpoint, self.robustq)
+        with readable(checkpoint, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled) as folder:
+            bare = folder != checkpoint and not (folder / "optimizer.pt").exists()
+            self._scheduler_state = folder / "scheduler.pt" if bare else None
+            return super().train(str(folder), *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Calibrate, so that steps are set before the optimizer and the wrapping; then as ever."""
@@ -102,6 +125,8 @@ class RobustQMixin(_AnyTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Calibrate where nothing has yet (`evaluate` or `predict` before `train`); then as ever."""
         self._calibrate_once()
+        if not self.robustq.calibrated:
+            self.robustq.check_initialized()
         return super().evaluation_loop(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
@@ -111,23 +136,32 @@ class RobustQMixin(_AnyTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """The Trainer's own scheduler, or `lr_schedule` by the epoch, after a linear warm-up if there is one."""
+        self.robustq.after_wrapping()  # comes before a checkpoint is loaded
         if self.lr_schedule is None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
-            options = {key: value for key, value in self.lr_schedule.items() if key != "name"}
-            schedule = LR_SCHEDULES[self.lr_schedule["name"]]
-            batches = len(self.get_train_dataloader())
-            steps_per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
-            epochs = num_training_steps / steps_per_epoch
-            warmup = self.args.get_warmup_steps(num_training_steps)
-
-            def factor(step: int) -> float:
-                ramp = min(1.0, step / warmup) if warmup else 1.0
-                return ramp * schedule(step / steps_per_epoch, epochs, **options)
-
+            super().create_scheduler(num_training_steps, optimizer)
+        elif self.lr_scheduler is None:
+            factor = self._learning_rate_factor(num_training_steps)
             self.lr_scheduler = LambdaLR(cast(Any, self.optimizer if optimizer is None else optimizer), factor)
             self._created_lr_scheduler = True
+        if self._scheduler_state is not None and self._scheduler_state.is_file():
+            # The Trainer loads the schedule of a checkpoint only together with an optimizer's state.
+            cast(Any, self.lr_scheduler).load_state_dict(torch.load(self._scheduler_state, weights_only=True))
         return self.lr_scheduler
+
+    def _learning_rate_factor(self, num_training_steps: int) -> Callable[[int], float]:
+        assert self.lr_schedule is not None
+        options = {key: value for key, value in self.lr_schedule.items() if key != "name"}
+        schedule = LR_SCHEDULES[self.lr_schedule["name"]]
+        batches = len(self.get_train_dataloader())
+        steps_per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
+        epochs = num_training_steps / steps_per_epoch
+        warmup = self.args.get_warmup_steps(num_training_steps)
+
+        def factor(step: int) -> float:
+            ramp = min(1.0, step / warmup) if warmup else 1.0
+            return ramp * schedule(step / steps_per_epoch, epochs, **options)
+
+        return factor
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Training logs also carry the mean kurtosis and each penalty; the loss stays the task's."""

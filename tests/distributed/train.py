@@ -1,8 +1,10 @@
-"""Five steps and a sweep on a tiny BERT without dropout; run by `accelerate launch` with any number of processes.
+"""Five steps and a sweep on a tiny Llama; run by `accelerate launch` with any backend and number of processes.
 
-accelerate launch --config_file <config> tests/distributed/train.py OUT
+accelerate launch --config_file <config> tests/distributed/train.py OUT [--model FOLDER] [--resume CHECKPOINT] ...
 """
 
+import argparse
+import hashlib
 import json
 import os
 import sys
@@ -10,13 +12,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+import numpy as np
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_robustq import RobustTrainer
-from hf_robustq.metrics import compute_accuracy
+from hf_robustq import RobustQ, RobustQCallback, RobustTrainer
+from hf_robustq.calibrate import stages
 from tests.test_trainer import Rows
-from tests.zoo import bert, tokens
+from tests.zoo import llama, tokens
 
 CONFIG = {
     "regularizers": {"kure": {"strength": 0.5}},
@@ -24,43 +27,148 @@ CONFIG = {
     "activations": {"bits": 8},
     "calibration_samples": 8,
 }
+SETTINGS = ["fp", "w4", "w3a4", "trained"]
 
 
-class KeepGradients(TrainerCallback):
-    """The gradients of the first optimizer step."""
+def shards_on_a_cpu() -> bool:
+    """accelerate has no DeepSpeed or FSDP for CPUs: let it start the gloo backend and go on. Whether it had to."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
 
-    def __init__(self) -> None:
-        self.gradients = {}
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        kind = DistributedType.MULTI_CPU
+    elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        kind = DistributedType.MULTI_GPU
+    else:
+        return False
+    PartialState._prepare_backend = lambda *args, **kwargs: ("gloo", kind)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    return True
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if state.global_step == 0:
-            self.gradients = {n: p.grad.clone() for n, p in kwargs["model"].named_parameters() if p.grad is not None}
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", help="a saved model; default: the tiny Llama of seed 0")
+    parser.add_argument("--resume", help="a checkpoint")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--optim", default="sgd")
+    parser.add_argument("--rows", type=int, default=16, help="samples to evaluate")
+    parser.add_argument("--save", action="store_true", help="a checkpoint after the second step")
+    parser.add_argument("--plain", action="store_true", help="without the plugin")
+    parser.add_argument("--stock", action="store_true", help="a stock Trainer with the callback")
+    parser.add_argument("--disagree", action="store_true", help="another config on the last rank")
+    return parser.parse_args()
 
 
-def main(out: Path) -> None:
+class Collectives(TrainerCallback):
+    """Counts calls into torch.distributed in the third step, which neither saves nor logs."""
+
+    def __init__(self):
+        self.profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            self.profile.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            self.profile.stop()
+
+    def counts(self):
+        names = [event.name for event in self.profile.events() if event.name.startswith("c10d::")]
+        return {name: names.count(name) for name in sorted(set(names))}
+
+
+class Watch(TrainerCallback):
+    """The logits before the first step."""
+
+    def __init__(self, trainer):
+        self.trainer, self.logits = trainer, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.logits = logits(self.trainer)
+
+
+@torch.no_grad()
+def logits(trainer):
+    model = trainer.model_wrapped
+    training = model.training
+    model.eval()
+    result = model(**tokens(batch=2)).logits.clone()
+    model.train(training)
+    return result
+
+
+def checksum(model) -> str:
+    """Of every tensor of every stage on this rank."""
+    plugin = RobustQ.of(model)
+    digest = hashlib.sha256()
+    for stage in stages(plugin.sites):
+        for name, buffer in stage.named_buffers():
+            digest.update(f"{name} {buffer.tolist()}".encode())
+    return digest.hexdigest()
+
+
+def accuracy(predictions):
+    return {"accuracy": float(np.mean(predictions.predictions[:, :-1] == predictions.label_ids[:, 1:]))}
+
+
+def main(options: argparse.Namespace) -> None:
+    shards = shards_on_a_cpu()
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    torch.manual_seed(0)
+    rank = int(os.environ.get("RANK", 0))
+    out = options.out
+    save = {"save_strategy": "steps", "save_steps": 2} if options.save else {"save_strategy": "no"}
     args = TrainingArguments(
-        output_dir=str(out / "run"), report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=5,
-        per_device_train_batch_size=8 // processes, per_device_eval_batch_size=4, optim="sgd", learning_rate=0.05,
-        max_grad_norm=0.0, logging_steps=1, eval_strategy="steps", eval_steps=5, dataloader_pin_memory=False,
-        average_tokens_across_devices=False,  # BERT takes a mean over its own batch, which this would double
+        output_dir=str(out / "run"), report_to=[], use_cpu=not shards, disable_tqdm=True, max_steps=options.steps,
+        per_device_train_batch_size=8 // processes, per_device_eval_batch_size=4, optim=options.optim,
+        learning_rate=0.05 if options.optim == "sgd" else 1e-3, max_grad_norm=0.0, logging_steps=options.steps,
+        eval_strategy="steps", eval_steps=options.steps, dataloader_pin_memory=False, **save,
     )  # fmt: skip
     assert args.world_size == processes
-    keep = KeepGradients()
-    trainer = RobustTrainer(
-        model=bert(), args=args, train_dataset=Rows(tokens(labels=3, batch=40)),
-        eval_dataset=Rows(tokens(labels=3, batch=13)), robustq=CONFIG, sweep=["fp", "w4", "w3a4", "trained"],
-        compute_metrics=compute_accuracy, callbacks=[keep],
+    torch.manual_seed(0)
+    if options.model:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(options.model)
+    else:
+        model = llama()
+    staged = "_robustq" in vars(model)
+    if options.model and not staged:  # a float model: transformers leaves it where the backend wants it
+        if "FSDP_CPU_RAM_EFFICIENT_LOADING" in os.environ and rank:
+            assert all(parameter.is_meta for parameter in model.parameters())
+        if os.environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT") == "true":
+            assert all(parameter.numel() == 0 for parameter in model.parameters())
+    config = {**CONFIG, "weights": {"bits": 4 if options.disagree and rank == processes - 1 else 8}}
+    stock = options.plain or options.stock
+    robust = {} if stock else {"sweep": SETTINGS}
+    if not stock and not staged:
+        robust["robustq"] = config
+    trainer = (Trainer if stock else RobustTrainer)(
+        model=model, args=args, train_dataset=Rows(tokens(batch=40)), eval_dataset=Rows(tokens(batch=options.rows)),
+        compute_metrics=accuracy, preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1), **robust,
     )  # fmt: skip
-    trainer.train()
-    if trainer.is_world_process_zero():
-        state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
-        torch.save({"state": state, "gradients": keep.gradients}, out / "end.pt")
-        rows = [row for sweep in trainer.sweep_callback.sweeps for row in sweep.to_dict()["rows"]]
-        logs = {k: v for log in trainer.state.log_history for k, v in log.items() if k in ("kurtosis", "kure")}
-        (out / "end.json").write_text(json.dumps({"rows": rows, "logs": logs}))
+    if options.stock:
+        trainer.add_callback(RobustQCallback(RobustQ.of(model)))
+    watch = Watch(trainer)
+    trainer.add_callback(watch)
+    collectives = Collectives()
+    trainer.add_callback(collectives)
+    trainer.train(resume_from_checkpoint=options.resume)
+    result = {"collectives": collectives.counts()}
+    if not stock:
+        result["rows"] = [row for sweep in trainer.sweep_callback.sweeps for row in sweep.to_dict()["rows"]]
+        keys = ("kurtosis", "kure", "loss")
+        result["logs"] = {k: v for log in trainer.state.log_history for k, v in log.items() if k in keys}
+    if not options.plain:
+        result["checksum"] = checksum(trainer.model)
+    end = logits(trainer)
+    trainer.save_model(str(out / "final"))
+    (out / f"rank{rank}.json").write_text(json.dumps(result))
+    if rank == 0:
+        torch.save({"begin": watch.logits, "end": end}, out / "logits.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(arguments())

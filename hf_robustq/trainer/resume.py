@@ -1,0 +1,75 @@
+"""Going on from a checkpoint: the same config, whatever backend wrote it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_robustq.distributed import differences
+from hf_robustq.plugin import METHOD, RobustQ
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def check_config(checkpoint: Path, plugin: RobustQ) -> None:
+    """Raise `ValueError`, listing the differences, for a checkpoint that another config wrote."""
+    file = checkpoint / "config.json"
+    if not file.is_file():
+        return  # not a model of transformers
+    saved = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
+    if saved.pop("quant_method", None) != METHOD:
+        raise ValueError(f"{checkpoint} was written without RobustQ: load it as the model instead of resuming from it")
+    found = differences(saved, plugin.config.to_dict())
+    if found:
+        named = "; ".join(f"{key} is {theirs!r} there and {ours!r} here" for key, theirs, ours in found)
+        raise ValueError(
+            f"{checkpoint} is of another config: {named}: resume with its config, or start from its weights"
+        )
+
+
+@contextmanager
+def readable(checkpoint: Path, sharded: bool) -> Iterator[Path]:
+    """A checkpoint as one process or DDP can read it, when FSDP or DeepSpeed wrote it; else itself.
+
+    `sharded`: this run is FSDP or DeepSpeed, which read their own only. FSDP's optimizer state comes along,
+    DeepSpeed's stays behind.
+    """
+    files = {path.name: path for path in checkpoint.iterdir()} if checkpoint.is_dir() else {}
+    fsdp = any(name.startswith("pytorch_model_fsdp") for name in files)
+    deepspeed = any(name.startswith("global_step") for name in files)
+    if sharded or not (fsdp or deepspeed):
+        yield checkpoint
+        return
+    if not any(name in files for name in WEIGHTS):
+        raise ValueError(
+            f"{checkpoint} holds its weights in pieces only: save with fsdp_state_dict_type: FULL_STATE_DICT "
+            "(zero3_save_16bit_model: true for DeepSpeed), or join them with `accelerate merge-weights`"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        view = Path(folder)
+        for name, path in files.items():
+            if not name.startswith(("pytorch_model_fsdp", "optimizer", "global_step", "latest")):
+                (view / name).symlink_to(path.resolve())
+        if "optimizer.bin" in files:
+            state = torch.load(files["optimizer.bin"], map_location="cpu", weights_only=True)
+            torch.save(by_number(state), view / "optimizer.pt")
+        else:
+            logger.warning("%s: DeepSpeed's optimizer state cannot be read here: the optimizer starts anew", checkpoint)
+        yield view
+
+
+def by_number(state: dict[str, Any]) -> dict[str, Any]:
+    """FSDP's optimizer state, keyed by parameter names, as `Optimizer.load_state_dict` takes it: by position."""
+    names = [name for group in state["param_groups"] for name in group["params"]]
+    numbers = {name: number for number, name in enumerate(names)}
+    groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {"state": {numbers[name]: value for name, value in state["state"].items()}, "param_groups": groups}

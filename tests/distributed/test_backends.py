@@ -1,0 +1,151 @@
+"""Every backend against one process: `accelerate launch`, the real Trainer, two gloo processes."""
+
+import importlib.util
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.distributed.launch import Run, launch
+from tests.zoo import llama, tokens
+
+SHARDED = ("fsdp2", "zero3")
+BACKENDS = ("multi_cpu", "fsdp2", "zero1", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """run(config, *arguments): the run of `train.py`, made once."""
+    made = {}
+
+    def of(config, *arguments, processes=None):
+        key = (config, *arguments, processes)
+        if config.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("deepspeed is not installed")
+        if key not in made:
+            out = tmp_path_factory.mktemp(config)
+            launch(out, config, *arguments, processes=processes)
+            made[key] = Run(out)
+        return made[key]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The tiny Llama of seed 0, as a folder: what `zero.Init` and lean loading start from."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("saved")
+    llama().save_pretrained(folder)
+    return str(folder)
+
+
+def same_weights(one, other, atol=1e-6):
+    assert one.state.keys() == other.state.keys()
+    for name, value in one.state.items():
+        if name.endswith("probe.counts"):  # of the last sweep: what lies on the edge of a bin may fall to either side
+            assert value.sum() == other.state[name].sum() and (value - other.state[name]).abs().sum() <= 10
+            continue
+        rtol = 1e-6 if name.endswith("probe.range") else 0
+        torch.testing.assert_close(other.state[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def same_rows(one, other):
+    rows = one.ranks[0]["rows"]
+    assert [row["setting"] for row in rows] == ["fp", "w4", "w3a4", "trained"]
+    assert len({row["metrics"]["loss"] for row in rows}) == len(rows)  # each setting does something
+    for a, b in zip(rows, other.ranks[0]["rows"], strict=True):
+        assert a["setting"] == b["setting"] and a["metrics"]["accuracy"] == b["metrics"]["accuracy"]
+        assert b["metrics"]["loss"] == pytest.approx(a["metrics"]["loss"], rel=1e-5)
+    assert other.ranks[0]["logs"] == pytest.approx(one.ranks[0]["logs"], rel=1e-5)
+
+
+@pytest.mark.parametrize("config", BACKENDS)
+def test_five_steps_and_the_sweep_equal_one_process(run, config):
+    one, two = run("single_gpu", "--save", "--optim", "sgd"), run(config, "--save", "--optim", "sgd")
+    assert any(name.endswith("activation_stages.quantizer.scale") for name in one.state)
+    same_weights(one, two)
+    same_rows(one, two)
+
+
+@pytest.mark.parametrize("config", SHARDED)
+def test_models_that_no_rank_holds_whole(run, saved, config):
+    """`zero.Init`, and FSDP2's `cpu_ram_efficient_loading`; the script asserts that the weights are elsewhere."""
+    one, two = run("single_gpu", "--save", "--optim", "sgd"), run(config, "--model", saved)
+    same_weights(one, two)
+    same_rows(one, two)
+
+
+@pytest.mark.parametrize("config", BACKENDS)
+def test_every_quantizer_tensor_is_equal_across_ranks(run, config):
+    one, *others = (rank["checksum"] for rank in run(config, "--save", "--optim", "sgd").ranks)
+    assert others == [one]
+
+
+@pytest.mark.parametrize("config", ["multi_cpu", *SHARDED])
+def test_a_training_step_has_no_collective_more_than_the_float_run(run, config):
+    ours, plain = run(config, "--save", "--optim", "sgd"), run(config, "--plain")
+    assert plain.ranks[0]["collectives"] and ours.ranks[0]["collectives"] == plain.ranks[0]["collectives"]
+
+
+def test_an_uneven_last_batch_is_counted_once(run):
+    one, two = (run(config, "--rows", "13").ranks[0]["rows"] for config in ("single_gpu", "multi_cpu"))
+    assert [row["samples"] for row in two] == [13] * 4
+    for a, b in zip(one, two, strict=True):
+        assert a["metrics"]["accuracy"] == b["metrics"]["accuracy"]  # the loss is a mean of batch means
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "processes", "optimizer"),
+    [
+        ("multi_cpu", "single_gpu", 1, "sgd"),
+        ("zero3", "single_gpu", 1, "sgd"),  # its optimizer state stays behind, and SGD has none
+        ("zero3", "zero3", 2, "sgd"),
+        ("fsdp2", "multi_cpu", 2, "adamw_torch"),
+        ("fsdp2", "fsdp2", 2, "adamw_torch"),
+    ],
+)
+def test_a_checkpoint_of_one_backend_goes_on_under_another(run, written, read, processes, optimizer):
+    """The same logits after loading, nothing calibrated again, and the weights of the run that never stopped."""
+    whole = run(written, "--save", "--optim", optimizer)
+    resumed = run(read, "--resume", str(whole.checkpoint), "--optim", optimizer, processes=processes)
+    loaded = AutoModelForCausalLM.from_pretrained(whole.checkpoint).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(resumed.logits["begin"], loaded(**tokens(batch=2)).logits, rtol=0, atol=1e-5)
+    same_weights(whole, resumed, atol=1e-6 if optimizer == "sgd" else 2e-5)
+    saved = load_file(whole.checkpoint / "model.safetensors")
+    steps = [name for name in saved if name.endswith("quantizer.scale")]
+    assert steps and all(torch.equal(saved[name], resumed.state[name]) for name in steps)
+
+
+def test_the_optimizers_state_matters_in_that_test(run):
+    whole = run("fsdp2", "--save", "--optim", "adamw_torch")
+    anew = run("single_gpu", "--model", str(whole.checkpoint), "--optim", "adamw_torch", "--steps", "3")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert float((anew.state[name] - whole.state[name]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("config", ["zero3", "fsdp2"])
+def test_saved_models_are_whole_and_train_on_under_every_backend(run, config):
+    """`save_model` under sharding writes full weights; what it wrote goes into a stock Trainer and comes out again."""
+    first = run(config, "--save", "--optim", "sgd")
+    loaded = AutoModelForCausalLM.from_pretrained(first.out / "final").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**tokens(batch=2)).logits, first.logits["end"], rtol=0, atol=1e-5)
+    folder = str(first.out / "final")
+    one, two = (run(backend, "--model", folder, "--stock") for backend in ("single_gpu", config))
+    same_weights(one, two)
+    assert (
+        float(
+            (two.state["model.layers.0.mlp.up_proj.weight"] - first.state["model.layers.0.mlp.up_proj.weight"])
+            .abs()
+            .max()
+        )
+        > 0
+    )
+
+
+def test_ranks_that_disagree_stop_before_the_first_step(run):
+    with pytest.raises(RuntimeError, match=r"the ranks disagree .*weights\.bits is 8 on rank 0 and 4 on rank 1"):
+        run("multi_cpu", "--disagree")
