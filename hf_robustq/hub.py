@@ -75,6 +75,7 @@ class RobustQHfQuantizer(HfQuantizer):
             model.get_submodule(owner).register_parameter(name, model.get_parameter(other))
         with torch.device("cpu"):  # transformers builds on the meta device
             plugin = RobustQ(model, self.quantization_config.robustq)
+        plugin.after_wrapping()  # the tensors are to be loaded, whatever the backend
         plugin.enable(False)  # transformers reads the parameters through the attribute while it loads
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:  # noqa: ARG002

@@ -145,7 +145,10 @@ class RobustQMixin(_AnyTrainer):
             self._created_lr_scheduler = True
         if self._scheduler_state is not None and self._scheduler_state.is_file():
             # The Trainer loads the schedule of a checkpoint only together with an optimizer's state.
-            cast(Any, self.lr_scheduler).load_state_dict(torch.load(self._scheduler_state, weights_only=True))
+            scheduler = cast(Any, self.lr_scheduler)
+            scheduler.load_state_dict(torch.load(self._scheduler_state, weights_only=True))
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
         return self.lr_scheduler
 
     def _learning_rate_factor(self, num_training_steps: int) -> Callable[[int], float]:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import hf_robustq  # noqa: F401 (registers its method with transformers)
 from tests.distributed.launch import Run, launch
 from tests.zoo import llama, tokens
 
@@ -71,7 +72,7 @@ def test_five_steps_and_the_sweep_equal_one_process(run, config):
 
 @pytest.mark.parametrize("config", SHARDED)
 def test_models_that_no_rank_holds_whole(run, saved, config):
-    """`zero.Init`, and FSDP2's `cpu_ram_efficient_loading`; the script asserts that the weights are elsewhere."""
+    """`zero.Init`, and FSDP2's `cpu_ram_efficient_loading`; the script empties the other ranks."""
     one, two = run("single_gpu", "--save", "--optim", "sgd"), run(config, "--model", saved)
     same_weights(one, two)
     same_rows(one, two)
