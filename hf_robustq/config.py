@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -27,6 +28,20 @@ def check_known(keys: Iterable[str], known: Iterable[str], what: str) -> None:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
             raise ValueError(f"unknown {what} {key!r}: {hint}")
+
+
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of texts"}
+
+
+def _check_types(config: Any) -> None:
+    """Raise `ValueError` for a field of another type than its default's."""
+    for one in fields(config):
+        kind, value = type(one.default), getattr(config, one.name)
+        wrong = not isinstance(value, (int, float) if kind is float else kind) or (kind is not bool and value is True)
+        if kind is tuple and one.name != "regularizers":
+            wrong |= not isinstance(value, tuple) or not all(isinstance(item, str) for item in value)
+        if kind in KINDS and one.name != "first_last" and wrong:
+            raise ValueError(f"{one.name} must be {KINDS[kind]}, got {value!r}")
 
 
 def option_names(method: type) -> list[str]:
@@ -54,6 +69,7 @@ class QuantizerConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_types(self)
         check_bits(self.bits)
         check_known([self.method], QUANTIZERS, "quantizer")
         check_known([self.scale], SCALE_RULES, "scale rule")
@@ -70,10 +86,11 @@ class RegularizerConfig:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_types(self)
         check_known([self.method], REGULARIZERS, "regularizer")
         check_known([self.schedule], SCHEDULES, "schedule")
         check_known(self.options, option_names(REGULARIZERS[self.method]), f"option of {self.method}")
-        if not self.strength >= 0:
+        if not 0 <= self.strength < math.inf:
             raise ValueError(f"{self.method}: strength must be 0 or more, got {self.strength!r}")
 
 
@@ -105,6 +122,7 @@ class RobustQConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check_types(self)
         if self.first_last not in ("float", 8, "same"):
             raise ValueError(f"first_last must be 'float', 8 or 'same', got {self.first_last!r}")
         if self.calibration_samples < 1:

@@ -56,7 +56,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 def differences(ours: Any, theirs: Any, key: str = "") -> list[tuple[str, Any, Any]]:
     """(key, ours, theirs) of every leaf in which two nested dicts differ; a missing one is None."""
     if isinstance(ours, dict) and isinstance(theirs, dict):
-        names = [*ours, *(name for name in theirs if name not in ours)]
-        pairs = ((f"{key}.{name}" if key else str(name), ours.get(name), theirs.get(name)) for name in names)
+        names = sorted({*ours, *theirs})
+        pairs = ((f"{key}.{name}" if key else name, ours.get(name), theirs.get(name)) for name in names)
         return [found for name, a, b in pairs for found in differences(a, b, name)]
     return [] if ours == theirs else [(key, ours, theirs)]

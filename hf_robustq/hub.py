@@ -68,8 +68,6 @@ class RobustQHfQuantizer(HfQuantizer):
         odd = [file for file in self.files if not str(file).endswith(".safetensors")]
         if odd:
             raise ValueError(f"{odd[0]}: only safetensors are read: save the model with save_pretrained")
-        if getattr(model, "_tp_size", None) is not None:
-            raise ValueError("tensor-parallel models cannot be staged: load it without tp_plan")
         for one, other in getattr(model, "all_tied_weights_keys", {}).items():  # they are tied only after loading
             owner, _, name = one.rpartition(".")
             model.get_submodule(owner).register_parameter(name, model.get_parameter(other))

@@ -15,7 +15,7 @@ class Fixed(Quantizer):
 
     def __init__(self, grid: Grid, channels: int = 1) -> None:
         super().__init__(grid, channels)
-        self.register_buffer("scale", torch.ones(self.channels))
+        self.register_buffer("scale", torch.ones(self.channels, dtype=torch.float32))
 
     def quantize(self, x: Tensor) -> Tensor:
         return fake_quantize(x, along(self.scale, x, self.grid.axis), self.low, self.high)

@@ -35,9 +35,9 @@ class Probe(Stage):
         self.axis = axis
         self.mode: Literal["off", "observe", "quantize"] = "off"
         self.calls = 0
-        self.register_buffer("scale", torch.zeros(channels), persistent=False)
-        self.register_buffer("low", torch.zeros(()), persistent=False)
-        self.register_buffer("high", torch.zeros(()), persistent=False)
+        self.register_buffer("scale", torch.zeros(channels, dtype=torch.float32), persistent=False)
+        self.register_buffer("low", torch.zeros((), dtype=torch.float32), persistent=False)
+        self.register_buffer("high", torch.zeros((), dtype=torch.float32), persistent=False)
 
     def forget(self) -> None:
         """Start counting and observing anew."""
@@ -81,7 +81,7 @@ class WeightProbe(Probe):
         super().__init__(axis, channels)
         self.keep = False
         self._kept: Tensor | None = None
-        self.register_buffer("uses", torch.zeros(1))
+        self.register_buffer("uses", torch.zeros(1, dtype=torch.float32))
 
     def off(self) -> None:
         super().off()
@@ -115,7 +115,7 @@ class InputProbe(Probe):
         super().__init__()
         self.name = name
         self.register_buffer("counts", torch.zeros(BINS + 1, dtype=torch.long))
-        self.register_buffer("range", torch.zeros(3))
+        self.register_buffer("range", torch.zeros(3, dtype=torch.float32))
 
     def forget(self) -> None:
         super().forget()

@@ -32,8 +32,8 @@ class Quantizer(Stage, ABC):
         self.grid = grid
         self.channels = channels if grid.axis is not None else 1
         self.enabled = True
-        self.register_buffer("low", torch.tensor(float(grid.low)))
-        self.register_buffer("high", torch.tensor(float(grid.high)))
+        self.register_buffer("low", torch.tensor(grid.low, dtype=torch.float32))
+        self.register_buffer("high", torch.tensor(grid.high, dtype=torch.float32))
         self.register_buffer("initialized", torch.tensor(False))
 
     @torch.no_grad()

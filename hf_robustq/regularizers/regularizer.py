@@ -47,7 +47,7 @@ class Regularizer(Stage, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.active = False
-        self.register_buffer("strength", torch.zeros(()), persistent=False)
+        self.register_buffer("strength", torch.zeros((), dtype=torch.float32), persistent=False)
 
     @abstractmethod
     def penalty(self, w: Tensor, *theta: Tensor) -> Tensor:

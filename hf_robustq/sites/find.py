@@ -132,6 +132,12 @@ def edge_names(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise `ValueError` for a model that is wrapped, compiled or sharded already."""
     kind = type(model).__name__
+    distributed = getattr(getattr(model, "config", None), "distributed_config", None)
+    if distributed is not None or (getattr(model, "tp_size", None) or 1) > 1:
+        raise ValueError(
+            "tensor-parallel models cannot be staged: load the model without tp_plan and distributed_config; "
+            "FSDP2 and ZeRO-3 (accelerate_configs) shard staged models"
+        )
     if isinstance(model, nn.DataParallel):
         raise ValueError(
             "nn.DataParallel cannot work with staged weights: "

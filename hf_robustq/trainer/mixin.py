@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -91,24 +91,34 @@ class RobustQMixin(_AnyTrainer):
                 callback.plugin = self.robustq
         return model
 
-    def _calibrate_once(self, wrapped: bool = False) -> None:
-        """Where no rank holds the whole model before it is wrapped, only then."""
-        if self.robustq.calibrated or not (wrapped or self.robustq.weights_at_hand):
-            return
+    def _calibration_batches(self) -> Iterator[Any]:
         config = self.robustq.config
         dataset = self.calibration_dataset if self.calibration_dataset is not None else self.train_dataset
-        batches = calibration_batches(self, dataset, config.calibration_samples, config.seed)
-        self.robustq.calibrate(batches, forward(self))
+        return calibration_batches(self, dataset, config.calibration_samples, config.seed)
+
+    def _calibrate_once(self, wrapped: bool = False) -> None:
+        """Unless a checkpoint has brought everything; where no rank holds the whole model, after it is wrapped."""
+        self.robustq.restored()
+        if not self.robustq.calibrated and (wrapped or self.robustq.weights_at_hand):
+            self.robustq.calibrate(self._calibration_batches(), forward(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ever; a checkpoint to resume from must be of this config, and may be of another backend."""
+        """As ever; a checkpoint to resume from must be of this config, and may be of another backend.
+
+        At the end the inputs are observed once more, so that a saved model has the statistics of its last weights.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
                 raise ValueError(f"no checkpoint in {self.args.output_dir}: train without resume_from_checkpoint")
-        if not resume_from_checkpoint:
-            return super().train(None, *args, **kwargs)
-        checkpoint = Path(resume_from_checkpoint)
+        if resume_from_checkpoint:
+            result = self._resume(Path(resume_from_checkpoint), *args, **kwargs)
+        else:
+            result = super().train(None, *args, **kwargs)
+        self.robustq.observe(self._calibration_batches(), forward(self))
+        return result
+
+    def _resume(self, checkpoint: Path, *args: Any, **kwargs: Any) -> Any:
         if not checkpoint.is_dir():
             raise ValueError(f"{checkpoint} is no folder: name a checkpoint to resume from")
         check_config(checkpoint, self.robustq)
