@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +29,8 @@ def parse(arguments: type[Any], configs: Path, prefix: str, argv: Sequence[str] 
     `--preset NAME` reads `<configs>/<prefix>_NAME.yaml`, whose keys are the flags' names; by default `digits`,
     and `finetune` where a dataset is named. An unknown preset or key is a `ValueError` that names the nearest one.
     """
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and importlib.util.find_spec("deepspeed") is None:
+        raise ImportError("ZeRO needs DeepSpeed: pip install 'hf_robustq[deepspeed]'")
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = HfArgumentParser([arguments, TrainingArguments], allow_abbrev=False)  # type: ignore[arg-type]
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -48,6 +48,13 @@ def test_imagenet_alone_is_the_resnet50():
     assert recipe.model_name_or_path == "resnet50.tv_in1k" and args.num_train_epochs == 49
 
 
+def test_zero_without_deepspeed_names_the_extra(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'hf_robustq\[deepspeed\]'"):
+        parse(RecipeArguments, CONFIGS, "kure", [])
+
+
 def test_flags_win_over_the_preset_and_unknown_ones_are_refused(tmp_path):
     _, args = parse(RecipeArguments, CONFIGS, "kure", ["--preset=cifar10", "--learning_rate", "0.5"])
     assert args.learning_rate == 0.5 and args.per_device_train_batch_size == 128

@@ -16,11 +16,16 @@ SCRIPT = ROOT / "tests" / "distributed" / "train.py"
 ON_ONE = ("single_gpu", "multi_cpu")
 
 
-def launch(out: Path, config: str, *arguments: str, processes: int | None = None) -> None:
-    """Run `train.py` as `accelerate_configs/<config>.yaml` says, with gloo instead of NCCL and in float32."""
+def launch(out: Path, config: str, *arguments: str, processes: int | None = None, lean: bool = False) -> None:
+    """Run `train.py` as `accelerate_configs/<config>.yaml` says, with gloo instead of NCCL and in float32.
+
+    `lean`: with FSDP's `cpu_ram_efficient_loading`.
+    """
     settings = yaml.safe_load((ROOT / "accelerate_configs" / f"{config}.yaml").read_text())
     processes = processes or (1 if config == "single_gpu" else 2)
     settings |= {"num_processes": processes, "use_cpu": config in ON_ONE, "mixed_precision": "no"}
+    if lean:
+        settings["fsdp_config"]["fsdp_cpu_ram_efficient_loading"] = True
     out.mkdir(parents=True, exist_ok=True)
     (out / "accelerate.yaml").write_text(yaml.safe_dump(settings))
     with socket.socket() as sock:
