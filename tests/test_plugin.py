@@ -29,7 +29,7 @@ def test_calibration_leaves_the_model_and_every_rng_as_they_were():
     modes = [m.training for m in model.modules()]
     plugin = RobustQ(model, {**KURE, "activations": {"bits": 8}})
     modes = [m.training for m in model.modules()]
-    state = {k: v.clone() for k, v in model.state_dict().items() if "quantizer" not in k}
+    state = {k: v.clone() for k, v in model.state_dict().items() if "_stages." not in k}
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
 
     def noisy(model, batch):
@@ -284,3 +284,26 @@ def test_a_constant_weight_is_left_alone_until_it_moves():
 def test_config_may_be_a_dict_or_the_dataclass():
     as_dict = {"regularizers": {"kure": {"target": 2.0}}, "weights": {"bits": 4}}
     assert RobustQ(mlp(), as_dict).config == RobustQ(mlp(), RobustQConfig.from_dict(as_dict)).config
+
+
+def test_weights_in_pieces_are_calibrated_after_wrapping_and_grouped_by_their_whole_shape():
+    """As `zero.Init` leaves a parameter: empty, with its shape beside it."""
+    model = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 3))
+    for parameter in model.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+    plugin = RobustQ(model, {**KURE, "first_last": "same", "weights": {"bits": 4, "per_channel": True}})
+    assert not plugin.weights_at_hand
+    assert [site.weight_stages.get_submodule("quantizer").scale.shape for site in plugin.sites] == [(16,), (3,)]
+    assert [len(group["params"]) for group in plugin.parameter_groups(0.1)] == [2, 2]
+    assert "16x6" in repr(plugin)
+    with pytest.raises(RuntimeError, match=r"the weights are in pieces: calibrate after accelerator\.prepare"):
+        plugin.calibrate([torch.randn(2, 6)], forward)
+
+
+def test_the_stages_tensors_are_not_sent_at_every_forward_and_the_users_own_choice_stays():
+    model = mlp()
+    model._ddp_params_and_buffers_to_ignore = ["0.bias"]
+    RobustQ(model, {**KURE, "weights": {"bits": 4}})
+    names = model._ddp_params_and_buffers_to_ignore
+    assert "0.bias" in names and {name for name, _ in model.named_buffers()} <= set(names)

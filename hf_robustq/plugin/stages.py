@@ -46,8 +46,21 @@ def activation_stages(config: RobustQConfig, site: Site, edges: Collection[str])
     stages: dict[str, nn.Module] = {}
     if config.activations is not None:
         stages["quantizer"] = _quantizer(config.activations, site, edges, None, narrow=False)
+        stages["quantizer"].register_forward_pre_hook(_refuse_nested)
     stages["probe"] = InputProbe(site.name)
     return _beside(site, stages)
+
+
+def _refuse_nested(quantizer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:  # noqa: ARG001
+    """Being there, this hook keeps `nn.TransformerEncoderLayer` from its fused kernel, which would pass the input by.
+
+    `nn.TransformerEncoder` does not look for hooks before it packs a padded batch for that kernel.
+    """
+    if inputs[0].is_nested:
+        raise RuntimeError(
+            "the inputs of layers in a nested tensor cannot be quantized: "
+            "create nn.TransformerEncoder with enable_nested_tensor=False"
+        )
 
 
 def _quantizer(
