@@ -101,7 +101,7 @@ def write_card(
         "",
         "One checkpoint, measured at every bit-width below. The weights in this folder are the float ones; "
         "stock `transformers` loads them as they are (an architecture of `hf_robustq.models` after importing that). "
-        "`hf_robustq.from_pretrained(<class>, <this folder>, bits=4, activation_bits=8)` loads them at another setting.",
+        "`hf_robustq.from_pretrained(<class>, <this folder>, bits=4, activation_bits=8)` loads them at any other.",
         "",
         f"## {metric.capitalize()} by bit-width{percent}",
         "",

@@ -98,7 +98,8 @@ class RobustQMixin(_AnyTrainer):
 
     def _calibrate_once(self, wrapped: bool = False) -> None:
         """Unless a checkpoint has brought everything; where no rank holds the whole model, after it is wrapped."""
-        self.robustq.restored()
+        if not self.robustq.calibrated:
+            self.robustq.restored()
         if not self.robustq.calibrated and (wrapped or self.robustq.weights_at_hand):
             self.robustq.calibrate(self._calibration_batches(), forward(self))
 
