@@ -6,7 +6,7 @@ from hf_robustq.config import QuantizerConfig, RegularizerConfig, RobustQConfig
 from hf_robustq.grid import Grid
 from hf_robustq.hub import from_pretrained
 from hf_robustq.plugin import RobustQ
-from hf_robustq.quantizers import QUANTIZERS, Fixed, Quantizer
+from hf_robustq.quantizers import LSQ, QUANTIZERS, Fixed, NoiseTempered, Quantizer
 from hf_robustq.regularizers import KURE, REGULARIZERS, Regularizer
 from hf_robustq.scales import SCALE_RULES, Sample
 from hf_robustq.sites import Site, find_sites
@@ -19,12 +19,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "KURE",
+    "LSQ",
     "QUANTIZERS",
     "REGULARIZERS",
     "SCALE_RULES",
     "BitWidthSweepCallback",
     "Fixed",
     "Grid",
+    "NoiseTempered",
     "Quantizer",
     "QuantizerConfig",
     "Regularizer",

@@ -14,7 +14,8 @@ from torch import nn
 from hf_robustq.grid import Grid
 from hf_robustq.quantizers import CallProbe, InputProbe, Probe, Quantizer, WeightProbe
 from hf_robustq.scales import Sample
-from hf_robustq.sites import Site, whole, whole_shape
+from hf_robustq.sharded import whole, whole_shape
+from hf_robustq.sites import Site
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -111,7 +112,9 @@ def observe(model: nn.Module, sites: Sequence[Site], batches: Iterable[Any], for
                 forward(model, batch)
             except RuntimeError as error:
                 if any(whole_shape(site.parameter) != site.parameter.shape for site in sites):
-                    raise RuntimeError("the weights are in pieces: calibrate after accelerator.prepare") from error
+                    error.add_note(
+                        "the weights are in pieces: if this came before accelerator.prepare, calibrate after it"
+                    )
                 raise
             count += 1
     if count == 0:

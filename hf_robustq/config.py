@@ -46,7 +46,7 @@ def _check_types(config: Any) -> None:
 
 def option_names(method: type) -> list[str]:
     """The options a method's constructor takes, besides the grid it is given."""
-    return [name for name in inspect.signature(method).parameters if name not in ("grid", "channels")]
+    return [name for name in inspect.signature(method).parameters if name not in ("grid", "channels", "role")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,8 @@ class QuantizerConfig:
     method       a name of `QUANTIZERS`
     bits         storage bits, sign included, 2 to 16
     per_channel  one step per output channel (weights only)
-    narrow       2^b - 1 symmetric levels instead of 2^b; default: weights yes, activations no
-    scale        a name of `SCALE_RULES`: how calibration sets the step
+    narrow       2^b - 1 symmetric levels instead of 2^b; default: of weights with method fixed only
+    scale        a name of `SCALE_RULES`: how calibration sets the first steps; default: the method's own rule
     options      what the method's own constructor takes
     """
 
@@ -65,14 +65,14 @@ class QuantizerConfig:
     method: str = "fixed"
     per_channel: bool = False
     narrow: bool | None = None
-    scale: str = "mse"
+    scale: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_types(self)
         check_bits(self.bits)
         check_known([self.method], QUANTIZERS, "quantizer")
-        check_known([self.scale], SCALE_RULES, "scale rule")
+        check_known([] if self.scale is None else [self.scale], SCALE_RULES, "scale rule")
         check_known(self.options, option_names(QUANTIZERS[self.method]), f"option of {self.method}")
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_robustq.sites import is_sharded
+from hf_robustq.sharded import is_sharded
 
 
 def several() -> bool:

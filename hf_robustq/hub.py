@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_robustq.calibrate import own_buffers, stages
 from hf_robustq.config import QuantizerConfig, RobustQConfig
 from hf_robustq.plugin import METHOD, RobustQ
+from hf_robustq.sharded import assign, whole_shape
 
 
 def read_config(values: Any, where: str) -> RobustQConfig:
@@ -32,6 +33,12 @@ def read_config(values: Any, where: str) -> RobustQConfig:
         return RobustQConfig.from_dict({key: value for key, value in values.items() if key != "quant_method"})
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{where}: quantization_config: {error}") from None
+
+
+def _shapes(file: str | Path) -> dict[str, list[int]]:
+    """The shape of every tensor in a safetensors file."""
+    with safe_open(file, framework="pt") as tensors:
+        return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
 
 
 @register_quantization_config(METHOD)
@@ -74,6 +81,7 @@ class RobustQHfQuantizer(HfQuantizer):
         with torch.device("cpu"):  # transformers builds on the meta device
             plugin = RobustQ(model, self.quantization_config.robustq)
         plugin.after_wrapping()  # the tensors are to be loaded, whatever the backend
+        self.initial = {name: tensor.detach().clone() for name, tensor in self._own_tensors(model, plugin)}
         plugin.enable(False)  # transformers reads the parameters through the attribute while it loads
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -90,18 +98,38 @@ class RobustQHfQuantizer(HfQuantizer):
         plugin.before_wrapping()
 
     def _check_complete(self, model: nn.Module, plugin: RobustQ) -> None:
-        """A folder without some of the stages' tensors would leave them uninitialised."""
-        own = set(own_buffers(model, plugin.sites)) | set(plugin.own_parameters())
-        expected = sum(name in own for name in model.state_dict())
-        found = 0
-        for file in self.files:
-            with safe_open(file, framework="pt") as tensors:
-                found += sum("_stages." in name for name in tensors.keys())  # noqa: SIM118
-        if found < expected:
+        """Stages whose weight is new, as a head for other labels is, begin anew. Else every tensor must be there."""
+        found = {name: shape for file in self.files for name, shape in _shapes(file).items()}
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        stored = {name.removeprefix(prefix): shape for name, shape in found.items()}
+
+        def matches(name: str, tensor: torch.Tensor) -> bool:
+            return stored.get(name.removeprefix(prefix)) == list(whole_shape(tensor))
+
+        lost = []
+        for site in plugin.sites:
+            owner = site.name.removesuffix(site.tensor)
+            own = (f"{site.name}_stages.", f"{owner}activation_stages.")
+            tensors = {name: tensor for name, tensor in self._own_tensors(model, plugin) if name.startswith(own)}
+            gone = [name for name, tensor in tensors.items() if not matches(name, tensor)]
+            known = stored.get(site.name.removeprefix(prefix))
+            if (known is None and len(gone) == len(tensors)) or (known is not None and known != list(site.shape)):
+                for name, tensor in tensors.items():
+                    assign(tensor, self.initial[name])
+            else:
+                lost += gone
+        if lost:
             raise ValueError(
-                f"{expected - found} of {expected} quantizer tensors are missing in {Path(self.files[0]).parent}: "
+                f"{len(lost)} quantizer tensors are missing in {Path(self.files[0]).parent}, {lost[0]} among them: "
                 "the folder does not belong to its config.json, or to another class of model"
             )
+
+    def _own_tensors(self, model: nn.Module, plugin: RobustQ) -> list[tuple[str, torch.Tensor]]:
+        """What the stages save, by name."""
+        own = {*own_buffers(model, plugin.sites), *plugin.own_parameters()}
+        named = (*model.named_parameters(), *model.named_buffers())
+        saved = model.state_dict().keys()
+        return [(name, tensor) for name, tensor in named if name in own and name in saved]
 
     def is_serializable(self) -> bool:
         return True
@@ -137,7 +165,7 @@ def from_pretrained(
     per_channel      a step per output channel of the weights
     trainable        keep quantizing on read, so that training can go on; else weights are quantized once,
                      now, and a forward costs what the float model's does (and activation quantizers, if any)
-    kwargs           to `cls.from_pretrained`
+    kwargs           to `cls.from_pretrained`; a `device_map` may name one device only
 
     The figures equal those of a sweep's row of the same setting. A folder without our config (any float
     model) takes `bits` too, without `activation_bits`. Raises `ValueError`, in one line, for what is no
@@ -147,8 +175,10 @@ def from_pretrained(
         raise ValueError('activation_bits needs bits: "trained" restores both as they were trained')
     weights = None if bits in (None, "trained") else QuantizerConfig(bits=bits, scale=scale, per_channel=per_channel)
     activations = None if activation_bits is None else QuantizerConfig(bits=activation_bits, scale=scale)
-    check_folder(Path(path))
-    model = cls.from_pretrained(path, **kwargs, use_safetensors=True)
+    if kwargs.get("output_loading_info"):
+        raise ValueError("output_loading_info is not supported: cls.from_pretrained(path, ...) gives it")
+    check_folder(Path(path) / kwargs.get("subfolder", ""))
+    model = cls.from_pretrained(path, **{**kwargs, "use_safetensors": True})
     try:
         plugin = RobustQ.of(model)
     except ValueError:

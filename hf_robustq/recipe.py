@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import importlib.util
 import os
@@ -15,12 +16,12 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_robustq.card import plot, table
-from hf_robustq.config import check_known
-from hf_robustq.sweep import Sweep
+from hf_robustq.config import RobustQConfig, check_known
+from hf_robustq.sweep import DEFAULT_SETTINGS, Sweep
 
 
 def parse(arguments: type[Any], configs: Path, prefix: str, argv: Sequence[str] | None = None) -> tuple[Any, Any]:
@@ -48,6 +49,72 @@ def parse(arguments: type[Any], configs: Path, prefix: str, argv: Sequence[str] 
     return parser.parse_args_into_dataclasses(argv)  # type: ignore[return-value]
 
 
+class ImageRun:
+    """What the variants of a recipe share: the data, the model they start from, the output folder.
+
+    Opens the output folder, and trains in float first where `pretrain_epochs` says so.
+    """
+
+    def __init__(self, recipe: ImageArguments, args: TrainingArguments) -> None:
+        self.recipe, self.args = recipe, args
+        if recipe.fast_dtype and not args.fp16:
+            args.bf16 = fast_bf16()
+        with args.main_process_first(local=False):
+            if args.process_index == 0:
+                open_output(str(args.output_dir), recipe.resume, recipe.overwrite)
+        set_seed(args.seed)
+        self.train, self.evaluation, self.model, source = image_task(recipe, args.seed)
+        if args.process_index == 0:
+            print(f"Preset: {recipe.preset}. Weights: {source}")
+        if recipe.pretrain_epochs:
+            stage = {"num_train_epochs": recipe.pretrain_epochs, "learning_rate": recipe.pretrain_learning_rate}
+            self._fit("float", self.model, {}, stage, sweep=()).robustq.detach()
+
+    def fit(self, name: str, config: Mapping[str, Any], **options: Any) -> Any:
+        """Train a copy of the model as `config` says into `<output>/<name>`; returns the trainer, saved and swept.
+
+        `options` go to `RobustTrainer`.
+        """
+        every = self.recipe.lr_step_epochs
+        if every:
+            options = {"lr_schedule": {"name": "step", "every": every}, **options}
+        return self._fit(name, copy.deepcopy(self.model), config, {}, sweep=self.recipe.sweep, **options)
+
+    def _fit(self, name: str, model: Any, config: Mapping[str, Any], changes: Mapping[str, Any], **options: Any) -> Any:
+        from hf_robustq.metrics import compute_accuracy
+        from hf_robustq.trainer import RobustTrainer
+
+        args = copy.deepcopy(self.args)
+        args.output_dir = str(Path(str(args.output_dir)) / name)
+        for key, value in changes.items():
+            setattr(args, key, value)
+        trainer = RobustTrainer(
+            model=model,
+            args=args,
+            train_dataset=self.train,
+            eval_dataset=self.evaluation,
+            calibration_dataset=self.train.evaluation(),
+            compute_metrics=compute_accuracy,
+            robustq=RobustQConfig.from_dict(config),
+            **options,
+        )
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) if self.recipe.resume else None)
+        trainer.save_model()
+        if trainer.sweep_callback is not None and not trainer.sweep_callback.sweeps:
+            trainer.evaluate()
+        dataset = self.recipe.dataset_name
+        trainer.create_model_card(dataset=None if dataset is None or Path(dataset).exists() else dataset)
+        return trainer
+
+    def report(self, results: Mapping[str, Sweep], facts: Mapping[str, Any]) -> None:
+        """Print, on the main process, the table of all variants with what it was made with."""
+        if self.args.process_index == 0:
+            args = self.args
+            facts = {**facts, "pretrain epochs": self.recipe.pretrain_epochs, "epochs": args.num_train_epochs}
+            facts |= {"learning rate": args.learning_rate, "batch": args.per_device_train_batch_size, "seed": args.seed}
+            print(report(results, "accuracy", str(args.output_dir), facts))
+
+
 def last_checkpoint(folder: str | Path) -> str | None:
     """The newest checkpoint in an output folder, or None."""
     return get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
@@ -70,6 +137,7 @@ def open_output(folder: str | Path, resume: bool, overwrite: bool) -> None:
 class ImageArguments:
     """Flags of every recipe that trains an image classifier."""
 
+    preset: str = field(default="digits", metadata={"help": "of recipes/configs: <recipe>_<preset>.yaml"})
     model_name_or_path: str = field(default="resnet50", metadata={"help": "folder, Hub id, or timm architecture"})
     weights: str | None = field(default=None, metadata={"help": ".safetensors file for the architecture"})
     new_head: bool = field(default=False, metadata={"help": "replace a head that does not fit the labels"})
@@ -79,6 +147,13 @@ class ImageArguments:
     train_split: str = "train"
     eval_split: str | None = field(default=None, metadata={"help": "default: validation, valid or test"})
     image_size: int | None = field(default=None, metadata={"help": "default: what the weights were trained with"})
+    pretrain_epochs: float = field(default=0.0, metadata={"help": "first train in float, shared by the variants"})
+    pretrain_learning_rate: float = 0.1
+    lr_step_epochs: int | None = field(default=None, metadata={"help": "divide the learning rate by 10 every n epochs"})
+    sweep: list[str] = field(default_factory=lambda: [setting.name for setting in DEFAULT_SETTINGS])
+    fast_dtype: bool = field(default=False, metadata={"help": "bf16 where this machine is faster with it"})
+    overwrite: bool = field(default=False, metadata={"help": "delete what the output folder holds"})
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in the output folder"})
 
 
 def image_task(arguments: ImageArguments, seed: int) -> tuple[Any, Any, Any, str]:

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_robustq.functional import kurtosis
+from hf_robustq.functional import fake_quantize, kurtosis
+from hf_robustq.quantizers import Quantizer
 from hf_robustq.regularizers import Regularizer
-from hf_robustq.sites import Site, is_sharded, whole
+from hf_robustq.sharded import is_sharded, whole
+from hf_robustq.sites import Site
 
 NEVER = 2**62
 
@@ -35,6 +37,31 @@ def mean_penalties(sites: Sequence[Site]) -> dict[str, float]:
                 with whole(site.parameter) as weight:
                     penalties.setdefault(name, []).append(stage.penalty(weight, *stage.parameters()).float())
     return {name: float(torch.stack(values).nanmean()) for name, values in penalties.items()}
+
+
+@torch.no_grad()
+def site_quantization(sites: Sequence[Site]) -> dict[str, dict[str, float]]:
+    """Of each site with a weight quantizer that works in steps, where it is now:
+
+    error     mean |Q(w) - w|
+    step      mean over channels
+    clipped   share of weights beyond the first and the last level
+    largest   max |w|
+    """
+    found: dict[str, list[Tensor]] = {}
+    for site in sites:
+        quantizer = site.weight_stages._modules.get("quantizer")
+        if not isinstance(quantizer, Quantizer) or not bool(quantizer.initialized):
+            continue
+        with whole(site.parameter) as weight, whole(quantizer.scale) as scale:
+            axis, low, high = quantizer.grid.axis, quantizer.low, quantizer.high
+            w, step = weight.float(), scale if axis is None else scale.view([-1] + [1] * (weight.dim() - axis - 1))
+            error = (fake_quantize(w, scale, low, high, axis=axis) - w).abs().mean()
+            clipped = ((w < low * step) | (w > high * step)).float().mean()
+            found[site.name] = [error, scale.mean(), clipped, w.abs().amax()]
+    values = torch.stack([torch.stack(four) for four in found.values()]).tolist() if found else []
+    names = ("error", "step", "clipped", "largest")
+    return {site: dict(zip(names, four, strict=True)) for site, four in zip(found, values, strict=True)}
 
 
 class FiniteWatch:

@@ -1,9 +1,11 @@
 """One row a method: `test_methods.py` runs every property of its kind on each."""
 
-from hf_robustq import KURE, Fixed
+from hf_robustq import KURE, LSQ, Fixed, NoiseTempered
 
 QUANTIZERS = {
     "fixed": Fixed,
+    "lsq": LSQ,
+    "noise": NoiseTempered,
 }
 
 REGULARIZERS = {

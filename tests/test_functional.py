@@ -4,7 +4,6 @@ import torch
 
 from hf_robustq.functional import (
     CACHED,
-    along,
     central_moments,
     fake_quantize,
     fused,
@@ -46,12 +45,6 @@ def test_low_precision_input_is_quantized_in_float32(dtype):
         got = fake_quantize(x, *arguments)
     assert got.dtype == dtype
     torch.testing.assert_close(got, fake_quantize(x.float(), *arguments).to(dtype), rtol=0, atol=0)
-
-
-def test_along_broadcasts_over_the_named_axis():
-    x, scale = torch.ones(2, 3, 4), torch.tensor([1.0, 2.0, 3.0])
-    assert (along(scale, x, 1) * x)[0, :, 0].tolist() == [1, 2, 3]
-    assert along(scale[:1], x, None).shape == (1, 1, 1)
 
 
 @pytest.mark.parametrize("size", [9, 576, 5000, CACHED + 1])

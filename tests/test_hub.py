@@ -248,6 +248,83 @@ def test_statistics_that_were_never_taken_are_missed(tmp_path):
     assert load(tmp_path, bits=4) is not None
 
 
+def test_a_head_for_other_labels_begins_anew(tmp_path):
+    """Fine-tuning on other labels: the new head has no trained quantizer, everything else keeps its own."""
+    model = bert()
+    config = {"weights": {"bits": 4, "per_channel": True}, "first_last": 8}
+    RobustQ(model, config).calibrate([tokens(labels=3)], run)
+    model.save_pretrained(tmp_path)
+    options = {"num_labels": 7, "ignore_mismatched_sizes": True}
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, **options)
+    plugin, stored = RobustQ.of(loaded), load_file(tmp_path / "model.safetensors")
+    assert not plugin.calibrated
+    for site in plugin.sites:
+        quantizer = site.weight_stages.get_submodule("quantizer")
+        new = site.name == "classifier.weight"
+        assert bool(quantizer.initialized) != new
+        assert new or torch.equal(quantizer.scale, stored[f"{site.name}_stages.quantizer.scale"])
+    plugin.calibrate([tokens(labels=3)], run)
+    assert plugin.calibrated and loaded.classifier.weight.shape == (7, 32)
+
+
+def test_stages_of_other_weights_are_no_substitute_for_missing_ones(copied):
+    """As many tensors as expected, of another layer."""
+    tensors = load_file(copied / "model.safetensors")
+    name = "bert.encoder.layer.0.attention.self.query.weight_stages.quantizer.scale"
+    tensors["some.other.weight_stages.quantizer.scale"] = tensors.pop(name)
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"1 quantizer tensors are missing in .*, {name} among them"):
+        load(copied)
+
+
+def test_a_folder_saved_before_calibration_is_calibrated_before_it_trains(tmp_path):
+    model = bert()
+    RobustQ(model, {"regularizers": {"kure": {}}})
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, bits=4, trainable=True)
+    assert not RobustQ.of(loaded).calibrated
+    with pytest.raises(RuntimeError, match="call plugin.calibrate"):
+        RobustQ.of(loaded).step(0.0)
+
+
+def test_a_model_built_from_the_same_config_object_is_saved_as_a_float_one(tmp_path):
+    model, batch = bert(), tokens(labels=3)
+    twin = type(model)(model.config)
+    RobustQ(model, CONFIG).calibrate([batch], run)
+    assert model.config is model.bert.config
+    twin.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path)), logits(twin))
+
+
+def test_ordinary_arguments_of_transformers_go_through(copied, tmp_path):
+    shutil.copytree(copied, tmp_path / "parent" / "sub")
+    model = load(tmp_path / "parent", subfolder="sub", use_safetensors=True, bits=4)
+    assert torch.equal(logits(model), logits(load(copied, bits=4)))
+    with pytest.raises(ValueError, match="output_loading_info is not supported"):
+        load(copied, output_loading_info=True)
+
+
+def test_every_checkpoint_has_the_statistics_of_its_own_weights(tmp_path):
+    """Against the statistics of the checkpoint's own weights, observed anew on the same samples."""
+    data = text()
+    args = arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, learning_rate=0.5)
+    trainer = RobustTrainer(model=bert(), args=args, train_dataset=data, robustq={"weights": {"bits": 8}}, sweep=())
+    trainer.train()
+    seen = []
+    for step in (2, 4):
+        loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / f"checkpoint-{step}")
+        plugin = RobustQ.of(loaded)
+        names = [name for name in loaded.state_dict() if name.endswith("activation_stages.probe.range")]
+        stored = {name: loaded.get_buffer(name).clone() for name in names}
+        again = RobustTrainer(model=loaded, args=args, train_dataset=data, sweep=())
+        again.observe()
+        assert RobustQ.of(loaded) is plugin and names
+        assert all(torch.equal(stored[name], loaded.get_buffer(name)) for name in names)
+        seen.append(stored)
+    assert any(not torch.equal(seen[0][name], seen[1][name]) for name in seen[0])
+
+
 def test_models_that_something_else_distributes_or_quantizes_are_refused():
     model = bert()
     model.config.distributed_config = {"tp_size": 2}

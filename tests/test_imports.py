@@ -9,30 +9,31 @@ PACKAGE = Path(hf_robustq.__file__).parent
 
 # What each room may import of the package. A folder stands for its files.
 ALLOWED = {
-    "functional": set(),
+    "functional": {"functional"},
     "grid": set(),
     "stage": set(),
     "schedules": set(),
-    "sites": {"sites"},
+    "sharded": set(),
+    "sites": {"sharded", "sites"},
     "scales": {"grid", "scales"},
-    "quantizers": {"functional", "grid", "stage", "scales", "quantizers"},
+    "quantizers": {"functional", "grid", "quantizers", "scales", "schedules", "sharded", "stage"},
     "regularizers": {"functional", "stage", "regularizers"},
     "config": {"grid", "quantizers", "regularizers", "scales", "schedules"},
-    "calibrate": {"grid", "quantizers", "scales", "sites"},
-    "telemetry": {"functional", "regularizers", "sites"},
-    "distributed": {"sites"},
+    "calibrate": {"grid", "quantizers", "scales", "sharded", "sites"},
+    "telemetry": {"functional", "quantizers", "regularizers", "sharded", "sites"},
+    "distributed": {"sharded"},
     "plugin": {
-        "calibrate", "config", "distributed", "grid", "plugin", "quantizers", "regularizers", "schedules", "sites",
-        "telemetry",
+        "calibrate", "config", "distributed", "grid", "plugin", "quantizers", "regularizers", "schedules",
+        "sharded", "sites", "telemetry",
     },
-    "hub": {"calibrate", "config", "plugin"},
-    "sweep": {"calibrate", "grid", "plugin", "quantizers", "scales", "sites", "sweep"},
+    "hub": {"calibrate", "config", "plugin", "sharded"},
+    "sweep": {"calibrate", "grid", "plugin", "quantizers", "scales", "sharded", "sites", "sweep"},
     "card": {"sweep"},
     "data": {"data"},
     "metrics": set(),
     "models": {"models"},
     "trainer": {"calibrate", "card", "config", "distributed", "plugin", "schedules", "sweep", "trainer"},
-    "recipe": {"card", "config", "data", "models", "sweep"},
+    "recipe": {"card", "config", "data", "metrics", "models", "sweep", "trainer"},
 }  # fmt: skip
 
 

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -7,22 +8,29 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hf_robustq import RobustQConfig
 from hf_robustq.models import image_classifier
 from hf_robustq.recipe import last_checkpoint, open_output, parse
+from hf_robustq.schedules import LR_SCHEDULES
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes" / "configs"
 sys.path.insert(0, str(ROOT / "recipes"))
 
-from kure_resnet50 import RecipeArguments  # noqa: E402
+import kure_resnet50  # noqa: E402
+import noise_lsq_resnet  # noqa: E402
+
+RECIPES = {"kure": kure_resnet50, "noise_lsq": noise_lsq_resnet}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_is_headed_by_its_command_and_parses(path):
-    assert path.read_text().startswith("# accelerate launch recipes/")
-    recipe, args = parse(RecipeArguments, CONFIGS, "kure", ["--preset", path.stem.removeprefix("kure_")])
+    prefix = next(name for name in RECIPES if path.stem.startswith(name))
+    module = RECIPES[prefix]
+    assert path.read_text().startswith(f"# accelerate launch recipes/{module.__name__}.py")
+    recipe, args = parse(module.RecipeArguments, CONFIGS, prefix, ["--preset", path.stem.removeprefix(f"{prefix}_")])
     values = yaml.safe_load(path.read_text())
-    assert args.learning_rate == values["learning_rate"] and recipe.variants == values.get("variants", ["with"])
+    assert args.learning_rate == values["learning_rate"] and recipe.variants == values["variants"]
 
 
 # architecture: batch size, epochs, learning rate, divide by 10 every n epochs (Tables 1 and 3 of the supplement)
@@ -36,7 +44,7 @@ PAPER = {
 @pytest.mark.parametrize("preset", PAPER)
 def test_imagenet_presets_are_the_papers(preset):
     batch, epochs, rate, every = PAPER[preset]
-    recipe, args = parse(RecipeArguments, CONFIGS, "kure", ["--preset", preset])
+    recipe, args = parse(kure_resnet50.RecipeArguments, CONFIGS, "kure", ["--preset", preset])
     assert (args.per_device_train_batch_size, args.num_train_epochs, args.learning_rate) == (batch, epochs, rate)
     assert recipe.lr_step_epochs == every and recipe.kure_strength == 1.0 and recipe.kure_target == 1.8
     assert args.optim == "sgd" and "momentum=0.9" in args.optim_args and args.weight_decay == 1e-4
@@ -44,7 +52,7 @@ def test_imagenet_presets_are_the_papers(preset):
 
 
 def test_imagenet_alone_is_the_resnet50():
-    recipe, args = parse(RecipeArguments, CONFIGS, "kure", ["--preset", "imagenet"])
+    recipe, args = parse(kure_resnet50.RecipeArguments, CONFIGS, "kure", ["--preset", "imagenet"])
     assert recipe.model_name_or_path == "resnet50.tv_in1k" and args.num_train_epochs == 49
 
 
@@ -52,17 +60,17 @@ def test_zero_without_deepspeed_names_the_extra(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'hf_robustq\[deepspeed\]'"):
-        parse(RecipeArguments, CONFIGS, "kure", [])
+        parse(kure_resnet50.RecipeArguments, CONFIGS, "kure", [])
 
 
 def test_flags_win_over_the_preset_and_unknown_ones_are_refused(tmp_path):
-    _, args = parse(RecipeArguments, CONFIGS, "kure", ["--preset=cifar10", "--learning_rate", "0.5"])
+    _, args = parse(kure_resnet50.RecipeArguments, CONFIGS, "kure", ["--preset=cifar10", "--learning_rate", "0.5"])
     assert args.learning_rate == 0.5 and args.per_device_train_batch_size == 128
     with pytest.raises(ValueError, match="unknown preset 'cifar': did you mean 'cifar10'"):
-        parse(RecipeArguments, CONFIGS, "kure", ["--preset", "cifar"])
+        parse(kure_resnet50.RecipeArguments, CONFIGS, "kure", ["--preset", "cifar"])
     (tmp_path / "kure_odd.yaml").write_text("learning_rat: 1\n")
     with pytest.raises(ValueError, match="did you mean 'learning_rate'"):
-        parse(RecipeArguments, tmp_path, "kure", ["--preset", "odd"])
+        parse(kure_resnet50.RecipeArguments, tmp_path, "kure", ["--preset", "odd"])
 
 
 def test_a_full_output_folder_needs_a_choice(tmp_path):
@@ -99,8 +107,37 @@ def test_random_weights_are_timms_own_initialisation():
     assert ours == pytest.approx(theirs, rel=0.05)
 
 
-def run(*arguments, cwd):
-    command = [sys.executable, str(ROOT / "recipes" / "kure_resnet50.py"), "--report_to", "none", *arguments]
+@pytest.mark.parametrize(
+    ("preset", "rates"),
+    [("imagenet", {0: 1.0, 100: 0.5 / 100, 150: 0.1464466 / 1000}), ("cifar", {0: 1.0, 50: 0.5})],
+)
+def test_noise_presets_are_those_of_the_appendix(preset, rates):
+    """Appendix A.3: weights only, all layers, 0.01; on ImageNet a cosine and a tenth every 50 of 200 epochs."""
+    recipe, args = parse(noise_lsq_resnet.RecipeArguments, CONFIGS, "noise_lsq", ["--preset", preset])
+    assert noise_lsq_resnet.quantizers(recipe, "noise") == {
+        "weights": {"method": "noise", "c": 0.2, "k": 50.0, "k_relative": False, "bits": 2, "per_channel": False},
+        "first_last": "same",
+    }
+    assert args.learning_rate == 0.01 and args.weight_decay == 1e-4 and args.optim == "sgd"
+    assert args.num_train_epochs == {"imagenet": 200, "cifar": 100}[preset]
+    schedule = noise_lsq_resnet.schedule(recipe)
+    for epoch, rate in rates.items() if schedule else ():
+        options = {key: value for key, value in schedule.items() if key != "name"}
+        assert LR_SCHEDULES[schedule["name"]](epoch, args.num_train_epochs, **options) == pytest.approx(rate)
+    assert bool(schedule) == (preset == "imagenet") and args.lr_scheduler_type == "cosine"
+
+
+def test_the_noise_recipes_flags_reach_the_quantizers():
+    flags = ["--weight_bits", "3", "--activation_bits", "4", "--noise_activations", "--first_last", "8", "--c", "0.4"]
+    recipe, _ = parse(noise_lsq_resnet.RecipeArguments, CONFIGS, "noise_lsq", flags)
+    config = RobustQConfig.from_dict(noise_lsq_resnet.quantizers(recipe, "noise"))
+    assert config.first_last == 8 and config.activations.method == "noise" and config.weights.options["c"] == 0.4
+    config = RobustQConfig.from_dict(noise_lsq_resnet.quantizers(recipe, "lsq"))
+    assert config.weights.method == config.activations.method == "lsq" and config.activations.bits == 4
+
+
+def run(*arguments, cwd, recipe="kure_resnet50"):
+    command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--report_to", "none", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
 
@@ -120,6 +157,16 @@ def test_the_recipe_end_to_end_on_a_tiny_net(tmp_path):
     refused = run(*small, cwd=tmp_path)
     assert refused.returncode == 1 and refused.stderr.strip().splitlines()[-1].startswith("error: out is not empty")
     assert "Traceback" not in refused.stderr
+
+
+def test_the_noise_recipe_end_to_end_on_a_tiny_net(tmp_path):
+    small = ["--model_name_or_path", "test_resnet", "--max_steps", "3", "--eval_strategy", "no", "--output_dir", "out"]
+    done = run(*small, "--pretrain_epochs", "1", cwd=tmp_path, recipe="noise_lsq_resnet")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("| lsq", "| noise"))]
+    assert len(rows) == 2 and all(len(re.findall(r"\d+\.\d\d", row)) == 2 for row in rows)
+    config = json.loads((tmp_path / "out" / "noise" / "config.json").read_text())["quantization_config"]
+    assert config["weights"]["method"] == "noise" and config["weights"]["bits"] == 2
 
 
 def picture_folder(folder, size, rows=12):

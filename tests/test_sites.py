@@ -14,7 +14,8 @@ from torch import nn
 
 from hf_robustq import RobustQ, find_sites, from_pretrained
 from hf_robustq.calibrate import undisturbed, weight_probe
-from hf_robustq.sites import Site, attach, staged_class, whole
+from hf_robustq.sharded import whole
+from hf_robustq.sites import Site, attach, staged_class
 from hf_robustq.sweep import Setting, Steps, quantized
 from tests.zoo import ZOO, Encoder, bert, checkpoint_blocks, gpt2, images, resnet, run, tokens
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,7 +20,17 @@ def mark(plugin: RobustQ) -> None:
     model: Any = plugin.model
     object.__setattr__(model, PLUGIN, plugin)
     if has_config(model):
+        _own_config(model)
         model.config.quantization_config = {"quant_method": METHOD, **plugin.config.to_dict()}
+
+
+def _own_config(model: nn.Module) -> None:
+    """A copy of the config wherever the model holds it: another model may have been built from the same object."""
+    shared: Any = model.config
+    own = copy.copy(shared)
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            module.config = own
 
 
 def unmark(plugin: RobustQ) -> None:

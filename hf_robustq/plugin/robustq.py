@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Self
@@ -19,11 +19,12 @@ from hf_robustq.config import QuantizerConfig, RobustQConfig
 from hf_robustq.plugin.mark import PLUGIN, mark, refuse_quantized, unmark
 from hf_robustq.plugin.stages import activation_stages, float_input, weight_stages
 from hf_robustq.plugin.table import table
-from hf_robustq.quantizers import InputProbe, Quantizer
+from hf_robustq.quantizers import InputProbe, Moment, Quantizer
 from hf_robustq.regularizers import Regularizer
 from hf_robustq.schedules import SCHEDULES
-from hf_robustq.sites import LeftOut, Site, attach, bake, detach, find_sites, refuse_wrapped, whole_shape
-from hf_robustq.telemetry import FiniteWatch, mean_penalties, site_kurtosis
+from hf_robustq.sharded import is_sharded, settle, whole_shape
+from hf_robustq.sites import LeftOut, Site, attach, bake, detach, find_sites, refuse_wrapped
+from hf_robustq.telemetry import FiniteWatch, mean_penalties, site_kurtosis, site_quantization
 
 
 class RobustQ:
@@ -64,6 +65,7 @@ class RobustQ:
         self._attach()
         self.watch = FiniteWatch(model)
         self.calibrated = False
+        self._moment: Moment | None = None
         self._unsaved: list[tuple[nn.Module, str]] = []
         mark(self)
         self.before_wrapping()
@@ -129,6 +131,7 @@ class RobustQ:
 
     def _observe(self, batches: Iterable[Any], forward: Forward, need_inputs: bool) -> None:
         count = calibration.observe(self.model, self.sites, batches, forward)
+        settle(self.model)
         calibration.count_uses(self.sites, count, need_inputs)
 
     def _initialize(self) -> None:
@@ -140,10 +143,10 @@ class RobustQ:
     def _share(self) -> None:
         """Rank 0's steps and statistics on every rank."""
         stages = list(calibration.stages(self.sites))
-        distributed.broadcast(buffer for stage in stages for buffer in stage.buffers())
-        for stage in stages:
-            if isinstance(stage, Quantizer):
-                stage.restored()
+        tensors = (tensor for stage in stages for tensor in (*stage.buffers(), *stage.parameters()))
+        distributed.broadcast(tensor for tensor in tensors if not is_sharded(tensor))
+        for quantizer in self._quantizers():
+            quantizer.restored()
 
     def before_wrapping(self) -> None:
         """What backends need to know of the stages' tensors; called where the plugin is created and calibrates.
@@ -164,12 +167,6 @@ class RobustQ:
             stage, name = self._unsaved.pop()
             stage.register_buffer(name, stage._buffers[name], persistent=True)
 
-    @property
-    def weights_at_hand(self) -> bool:
-        """Whether every rank can run the model as it is: not under `zero.Init` or FSDP's lean loading, not yet."""
-        in_pieces = any(site.shape != site.parameter.shape for site in self.sites)
-        return not in_pieces and not distributed.weights_on_rank_0(self.model)
-
     def agree(self) -> None:
         """Raise `ValueError`, naming the differences, where ranks have different configs or weights to work on."""
         distributed.agree(self.description(), "what to do to the model")
@@ -180,19 +177,38 @@ class RobustQ:
 
     # ---- training --------------------------------------------------------------------------------
 
-    def step(self, progress: float, first: bool | None = None, scaler: Any = None) -> None:
+    def step(
+        self,
+        progress: float,
+        first: bool | None = None,
+        scaler: Any = None,
+        index: int | None = None,
+        learning_rate: float = 1.0,
+    ) -> None:
         """Call before the forward of every micro-batch, outside `accelerator.accumulate`.
 
-        progress   share of training done, in [0, 1]
-        first      whether this micro-batch is the first of its optimizer step (it carries the penalties);
-                   default: what Accelerate says
-        scaler     the fp16 gradient scaler, where there is one (`accelerator.scaler`)
+        progress       share of training done, in [0, 1]
+        first          whether this micro-batch is the first of its optimizer step (it carries the penalties);
+                       default: what Accelerate says
+        scaler         the fp16 gradient scaler, where there is one (`accelerator.scaler`)
+        index          optimizer steps done, which noise is drawn by; default: counted from 0, so say it on resuming
+        learning_rate  now, divided by its value at the start; for `noise_lr_scale`
         """
         if not self.calibrated:
             raise RuntimeError("call plugin.calibrate(batches, forward) before the first step")
         self.after_wrapping()
         if first is None:
             first = bool(GradientState().sync_gradients)
+        if first:
+            index = (self._moment.step + 1 if self._moment else 0) if index is None else index
+            for quantizer in self._quantizers():
+                quantizer.project()
+            self._moment = Moment(
+                progress=progress, step=index, learning_rate=learning_rate, seed=self.config.seed
+            )  # fmt: skip
+            self._at()
+        else:
+            self._next_micro_batch()
         for regularizer in self.config.regularizers:
             carriers = self._carriers(regularizer.method)
             factor = regularizer.strength * SCHEDULES[regularizer.schedule](progress) / len(carriers)
@@ -207,12 +223,40 @@ class RobustQ:
         for stage in calibration.stages(self.sites):
             if isinstance(stage, Regularizer):
                 stage.active = False
+        self._next_micro_batch()
+
+    def _next_micro_batch(self) -> None:
+        if self._moment is not None:
+            self._moment = replace(self._moment, micro_batch=self._moment.micro_batch + 1)
+            self._at()
+
+    def _at(self) -> None:
+        assert self._moment is not None
+        for quantizer in self._quantizers():
+            quantizer.at(self._moment)
+
+    def _quantizers(self) -> Iterator[Quantizer]:
+        return (stage for stage in calibration.stages(self.sites) if isinstance(stage, Quantizer))
 
     def metrics(self) -> dict[str, float]:
-        """Mean kurtosis of the weights and each penalty by its name, unscaled, averaged over its weights."""
+        """Means over the weights: kurtosis, each penalty by its name, unscaled, and how they are quantized.
+
+        quantization_error   mean |Q(w) - w|
+        step, clipped        the mean step, and the share of weights beyond the outer levels
+        largest_weight       max |w| of any
+        """
         kurtosis = [value for value in site_kurtosis(self.regularized).values() if not math.isnan(value)]
         mean = {"kurtosis": sum(kurtosis) / len(kurtosis)} if kurtosis else {}
+        sites = self.telemetry().values()
+        if sites:
+            for name, key in (("quantization_error", "error"), ("step", "step"), ("clipped", "clipped")):
+                mean[name] = sum(site[key] for site in sites) / len(sites)
+            mean["largest_weight"] = max(site["largest"] for site in sites)
         return {**mean, **mean_penalties(self.regularized)}
+
+    def telemetry(self) -> dict[str, dict[str, float]]:
+        """By weight, where it has a quantizer: {"error", "step", "clipped", "largest"} (see `metrics`)."""
+        return site_quantization(self.sites)
 
     @property
     def regularized(self) -> list[Site]:
@@ -276,14 +320,13 @@ class RobustQ:
             for mine, theirs in zip((weight_probe(site), input_probe(site)), observed[site.name], strict=True):
                 mine.load_state_dict(theirs.state_dict())
         plugin._initialize()
-        plugin.calibrated = True
+        plugin.restored()
         return plugin
 
     def enable(self, on: bool) -> None:
         """Switch all quantizers on or off; off, a weight reads as the stored parameter."""
-        for stage in calibration.stages(self.sites):
-            if isinstance(stage, Quantizer):
-                stage.enabled = on
+        for quantizer in self._quantizers():
+            quantizer.enabled = on
 
     def restored(self) -> None:
         """Take over what was loaded into the stages. Raises `ValueError`, with the weight's name, for nonsense."""
@@ -296,14 +339,13 @@ class RobustQ:
                         stage.restored()
                 except ValueError as error:
                     raise ValueError(f"{site.name}: {error}") from None
-        quantizers = [stage for stage in calibration.stages(self.sites) if isinstance(stage, Quantizer)]
         used = all(bool(weight_probe(site).uses > 0) for site in self.sites)
-        self.calibrated = used and all(bool(quantizer.initialized) for quantizer in quantizers)
+        self.calibrated = used and all(bool(quantizer.initialized) for quantizer in self._quantizers())
 
     def check_initialized(self) -> None:
         """Raise `RuntimeError` where a quantizer has no steps yet."""
-        for stage in calibration.stages(self.sites):
-            if isinstance(stage, Quantizer) and not bool(stage.initialized):
+        for quantizer in self._quantizers():
+            if not bool(quantizer.initialized):
                 raise RuntimeError("the quantizers have no steps yet: call plugin.calibrate(batches, forward) first")
 
     def detach(self) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_robustq.config import QuantizerConfig, RobustQConfig
 from hf_robustq.grid import Grid
-from hf_robustq.quantizers import QUANTIZERS, CallProbe, InputProbe, Quantizer, WeightProbe
+from hf_robustq.quantizers import QUANTIZERS, CallProbe, InputProbe, Quantizer, Role, WeightProbe
 from hf_robustq.regularizers import REGULARIZERS
 from hf_robustq.sites import Site
 
@@ -34,7 +34,7 @@ def weight_stages(config: RobustQConfig, site: Site, edges: Collection[str]) -> 
             stages[regularizer.method] = REGULARIZERS[regularizer.method](**regularizer.options)
     if config.weights is not None:
         axis = site.axis if config.weights.per_channel else None
-        stages["quantizer"] = _quantizer(config.weights, site, edges, axis, narrow=True)
+        stages["quantizer"] = _quantizer(config.weights, site, edges, axis, "weight")
     stages["probe"] = WeightProbe(site.axis, site.shape[site.axis])
     return _beside(site, stages)
 
@@ -45,7 +45,7 @@ def activation_stages(config: RobustQConfig, site: Site, edges: Collection[str])
         return _beside(site, {"probe": CallProbe()})
     stages: dict[str, nn.Module] = {}
     if config.activations is not None:
-        stages["quantizer"] = _quantizer(config.activations, site, edges, None, narrow=False)
+        stages["quantizer"] = _quantizer(config.activations, site, edges, None, "input")
         stages["quantizer"].register_forward_pre_hook(_refuse_nested)
     stages["probe"] = InputProbe(site.name)
     return _beside(site, stages)
@@ -63,13 +63,16 @@ def _refuse_nested(quantizer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> No
         )
 
 
-def _quantizer(
-    config: QuantizerConfig, site: Site, edges: Collection[str], axis: int | None, narrow: bool
-) -> Quantizer:
+def _quantizer(config: QuantizerConfig, site: Site, edges: Collection[str], axis: int | None, role: Role) -> Quantizer:
     bits = 8 if site.name in edges else config.bits
-    grid = Grid(bits=bits, narrow=narrow if config.narrow is None else config.narrow, axis=axis)
+    method = QUANTIZERS[config.method]
+    narrow = role == "weight" and method.narrow if config.narrow is None else config.narrow
+    grid = Grid(bits=bits, narrow=narrow, axis=axis)
     channels = site.shape[axis] if axis is not None else 1
-    return QUANTIZERS[config.method](grid, channels, **config.options)
+    quantizer = method(grid, channels, role, **config.options)
+    quantizer.product = not isinstance(site.module, nn.Embedding)
+    quantizer.site = site.name
+    return quantizer
 
 
 def _beside(site: Site, stages: dict[str, nn.Module]) -> dict[str, nn.Module]:

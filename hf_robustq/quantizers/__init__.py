@@ -1,11 +1,27 @@
 """Quantizers: one file a method, and the table of methods."""
 
 from hf_robustq.quantizers.fixed import Fixed
+from hf_robustq.quantizers.lsq import LSQ
+from hf_robustq.quantizers.noise import NoiseTempered
 from hf_robustq.quantizers.probe import CallProbe, InputProbe, Probe, WeightProbe
-from hf_robustq.quantizers.quantizer import Quantizer
+from hf_robustq.quantizers.quantizer import Moment, Quantizer, Role
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "fixed": Fixed,
+    "lsq": LSQ,
+    "noise": NoiseTempered,
 }
 
-__all__ = ["QUANTIZERS", "CallProbe", "Fixed", "InputProbe", "Probe", "Quantizer", "WeightProbe"]
+__all__ = [
+    "LSQ",
+    "QUANTIZERS",
+    "CallProbe",
+    "Fixed",
+    "InputProbe",
+    "Moment",
+    "NoiseTempered",
+    "Probe",
+    "Quantizer",
+    "Role",
+    "WeightProbe",
+]

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_robustq.functional import along, fake_quantize
+from hf_robustq.functional import fake_quantize
 from hf_robustq.grid import Grid
 from hf_robustq.scales import Sample
 from hf_robustq.scales.sample import BINS, accumulate
@@ -57,7 +57,7 @@ class Probe(Stage):
         self.calls += 1
 
     def quantized(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, along(self.scale, x, self.axis), self.low, self.high)
+        return fake_quantize(x, self.scale, self.low, self.high, axis=self.axis)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training or self.mode == "off":

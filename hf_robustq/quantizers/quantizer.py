@@ -3,43 +3,78 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from hf_robustq.functional import SMALLEST, autocast_dtype
 from hf_robustq.grid import Grid
 from hf_robustq.scales import SCALE_RULES, Sample
+from hf_robustq.sharded import assign
 from hf_robustq.stage import Stage
+
+Role = Literal["weight", "input"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """When in training it is: what a stage may make its schedule, and its random draws, a function of.
+
+    progress       share of training done, in [0, 1]
+    step           optimizer steps done
+    micro_batch    index of the micro-batch within the step
+    learning_rate  now, divided by its value at the start
+    seed           of the run
+    """
+
+    progress: float = 0.0
+    step: int = 0
+    micro_batch: int = 0
+    learning_rate: float = 1.0
+    seed: int = 0
 
 
 class Quantizer(Stage, ABC):
-    """A stage that puts its input on a grid: the same shape and dtype out.
+    """A stage that puts its input on a grid: the same shape out, and the dtype that autocast wants for a product.
 
     scale         [C] positive steps, C = 1 or the size of `grid.axis`: a Parameter where it is learned
     low, high     0-dim integer range, in float32
     initialized   bool; part of the state, so that a resumed run never calibrates again; never read in forward
     enabled       False: identity (a sweep looks at the float tensor)
+    role          what it quantizes: a weight, or a layer's input
+    site          the name of the weight, which random draws are a function of
+    product       whether its result goes into a matrix product; else its dtype is left alone under autocast
     """
+
+    rules: Mapping[Role, str] = {"weight": "mse", "input": "mse"}
+    """The scale rules that set the first steps, where the config names none."""
+    narrow = False
+    """Whether a weight's grid is the narrow one, where the config does not say."""
 
     scale: Tensor
     low: Tensor
     high: Tensor
     initialized: Tensor
 
-    def __init__(self, grid: Grid, channels: int = 1) -> None:
+    def __init__(self, grid: Grid, channels: int = 1, role: Role = "weight") -> None:
         super().__init__()
         self.grid = grid
         self.channels = channels if grid.axis is not None else 1
+        self.role: Role = role
+        self.site = ""
         self.enabled = True
+        self.product = True
         self.register_buffer("low", torch.tensor(grid.low, dtype=torch.float32))
         self.register_buffer("high", torch.tensor(grid.high, dtype=torch.float32))
         self.register_buffer("initialized", torch.tensor(False))
 
     @torch.no_grad()
-    def init_from(self, sample: Sample, rule: str = "mse") -> None:
+    def init_from(self, sample: Sample, rule: str | None = None) -> None:
         """Set the steps from the distribution of what passes through, by a rule of `SCALE_RULES`."""
-        self.scale.copy_(SCALE_RULES[rule](sample, self.grid))
+        assign(self.scale, SCALE_RULES[rule or self.rules[self.role]](sample, self.grid))
         self.low.fill_(self.grid.low)
         self.high.fill_(self.grid.high)
         self.initialized.fill_(True)
@@ -52,8 +87,26 @@ class Quantizer(Stage, ABC):
         self.grid = replace(self.grid, signed=low < 0, narrow=self.grid.narrow and low < 0)
         if (low, high) != (self.grid.low, self.grid.high):
             raise ValueError(f"levels {low:g}..{high:g} are not those of {self.grid.bits} bits")
+        self.project()
         if not bool((self.scale.isfinite() & (self.scale > 0)).all()):
             raise ValueError("a step is not a positive number")
+
+    def at(self, moment: Moment) -> None:
+        """Called before each micro-batch of training."""
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Keep what is learned where it makes sense; called after each optimizer step."""
+        if self.scale.requires_grad:
+            self.scale.clamp_(min=SMALLEST)
+
+    def sharing(self, x: Tensor) -> int:
+        """How many elements of `x` share a step: those of a weight's channel, those of one sample of an input."""
+        return x.numel() // (self.channels if self.role == "weight" else x.size(0))
+
+    def dtype(self, x: Tensor) -> torch.dtype:
+        """The dtype of the result."""
+        return autocast_dtype(x) if self.product else x.dtype
 
     @abstractmethod
     def quantize(self, x: Tensor) -> Tensor:

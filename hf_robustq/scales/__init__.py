@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hf_robustq.grid import Grid
 from hf_robustq.scales.absmax import absmax
+from hf_robustq.scales.lsq import lsq, lsq_plus
 from hf_robustq.scales.mse import mse, quantization_error
 from hf_robustq.scales.sample import Sample
 
@@ -13,7 +14,9 @@ ScaleRule = Callable[[Sample, Grid], Tensor]
 
 SCALE_RULES: dict[str, ScaleRule] = {
     "absmax": absmax,
+    "lsq": lsq,
+    "lsq_plus": lsq_plus,
     "mse": mse,
 }
 
-__all__ = ["SCALE_RULES", "Sample", "ScaleRule", "absmax", "mse", "quantization_error"]
+__all__ = ["SCALE_RULES", "Sample", "ScaleRule", "absmax", "lsq", "lsq_plus", "mse", "quantization_error"]

@@ -2,7 +2,7 @@
 
 from hf_robustq.sites.attach import attach, bake, detach, staged_class
 from hf_robustq.sites.find import find_sites, refuse_wrapped
-from hf_robustq.sites.site import LeftOut, Site, is_sharded, whole, whole_shape
+from hf_robustq.sites.site import LeftOut, Site
 
 __all__ = [
     "LeftOut",
@@ -11,9 +11,6 @@ __all__ = [
     "bake",
     "detach",
     "find_sites",
-    "is_sharded",
     "refuse_wrapped",
     "staged_class",
-    "whole",
-    "whole_shape",
 ]

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from hf_robustq.sharded import assign, whole
 from hf_robustq.sites.site import Site
 
 
@@ -102,7 +103,8 @@ def detach(site: Site) -> None:
 
 @torch.no_grad()
 def bake(site: Site) -> None:
-    """Write the staged value into the parameter, then detach."""
-    value = site.weight_stages.eval()(site.parameter)
-    site.parameter.copy_(value)
+    """Write the staged value into the parameter, also where it is sharded (a collective then); then detach."""
+    with whole(site.parameter) as weight:
+        value = site.weight_stages.eval()(weight).clone()
+    assign(site.parameter, value)
     detach(site)

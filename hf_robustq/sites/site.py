@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from hf_robustq.sharded import whole_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,27 +46,3 @@ class LeftOut:
 
     name: str
     reason: str
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether a parameter is stored in pieces over the ranks (FSDP2, ZeRO-3)."""
-    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
-
-
-def whole_shape(parameter: Tensor) -> torch.Size:
-    """The shape of the unsharded parameter: ZeRO-3 leaves an empty tensor in its place."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-@contextmanager
-def whole(parameter: Tensor) -> Iterator[Tensor]:
-    """The unsharded values of a parameter: gathered from FSDP2 or ZeRO-3 where it is sharded (a collective then)."""
-    if isinstance(parameter, DTensor):
-        yield parameter.full_tensor()
-    elif hasattr(parameter, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            yield parameter.data
-    else:
-        yield parameter.data

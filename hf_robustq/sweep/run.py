@@ -20,7 +20,8 @@ from hf_robustq.grid import Grid
 from hf_robustq.plugin import RobustQ
 from hf_robustq.quantizers import InputProbe
 from hf_robustq.scales import SCALE_RULES, Sample
-from hf_robustq.sites import Site, is_sharded
+from hf_robustq.sharded import is_sharded
+from hf_robustq.sites import Site
 from hf_robustq.sweep.settings import DEFAULT_SETTINGS, Setting, parse_settings
 
 Predict = Callable[[Any, Any], Any]

@@ -20,9 +20,15 @@ class RobustQCallback(TrainerCallback):
     are learned. `RobustTrainer` does both by itself.
     """
 
-    def __init__(self, plugin: RobustQ, calibrate: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        plugin: RobustQ,
+        calibrate: Callable[[], None] | None = None,
+        observe: Callable[[], None] | None = None,
+    ) -> None:
         self.plugin = plugin
         self.calibrate = calibrate
+        self.observe = observe
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if isinstance(kwargs.get("model"), torch.nn.DataParallel) or args.n_gpu > 1:
@@ -51,7 +57,15 @@ class RobustQCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         scaler = getattr(kwargs.get("optimizer"), "scaler", None)
-        self.plugin.step(state.global_step / max(state.max_steps, 1), first=True, scaler=scaler)
+        groups = getattr(kwargs.get("optimizer"), "param_groups", None) or [{}]
+        now, start = groups[0].get("lr", 1.0), groups[0].get("initial_lr", 0.0)
+        self.plugin.step(
+            state.global_step / max(state.max_steps, 1),
+            first=True,
+            scaler=scaler,
+            index=state.global_step,
+            learning_rate=now / start if start else 1.0,
+        )
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         self.plugin.end_micro_batch()
@@ -62,6 +76,8 @@ class RobustQCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if control.should_log or control.should_save or control.should_evaluate:
             self.plugin.watch.check(state.global_step)
+        if control.should_save and self.observe is not None:
+            self.observe()
 
     on_epoch_end = on_step_end
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from hf_robustq.trainer.callback import RobustQCallback, several_gpus
 from hf_robustq.trainer.resume import check_config, readable
 from hf_robustq.trainer.sweep_callback import BitWidthSweepCallback
 
+logger = logging.getLogger(__name__)
+
 _AnyTrainer = Trainer if TYPE_CHECKING else object
 
 
@@ -35,11 +38,13 @@ class RobustQMixin(_AnyTrainer):
     sweep                settings to measure after every evaluation; None: the default ones; (): no sweep
     sweep_options        what else `BitWidthSweepCallback` takes
     calibration_dataset  training samples with the evaluation transform; default: `train_dataset`
+    scale_lr             learning rate of what the stages learn (steps, offsets); default: that of the weights
     lr_schedule          {"name": one of `LR_SCHEDULES`, and its options}; default: the Trainer's own
     """
 
     robustq: RobustQ
     _scheduler_state: Path | None = None
+    _observed: int | None = None
 
     def __init__(
         self,
@@ -48,11 +53,13 @@ class RobustQMixin(_AnyTrainer):
         sweep: Sequence[Setting | str] | None = None,
         sweep_options: Mapping[str, Any] | None = None,
         calibration_dataset: Any = None,
+        scale_lr: float | None = None,
         lr_schedule: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self._robustq_config = robustq.config if isinstance(robustq, RobustQ) else robustq
         given = robustq if isinstance(robustq, RobustQ) else None
+        self.scale_lr = scale_lr
         self.lr_schedule = dict(lr_schedule) if lr_schedule else None
         if self.lr_schedule:
             check_known([self.lr_schedule.get("name")], LR_SCHEDULES, "learning-rate schedule")  # type: ignore[list-item]
@@ -67,7 +74,7 @@ class RobustQMixin(_AnyTrainer):
         if self.model_init is None:  # else `call_model_init` has created it
             self.robustq = given or self._stage(cast(nn.Module, self.model))
         self.calibration_dataset = calibration_dataset
-        self.robustq_callback = RobustQCallback(self.robustq, lambda: self._calibrate_once(wrapped=True))
+        self.robustq_callback = RobustQCallback(self.robustq, lambda: self._calibrate_once(wrapped=True), self.observe)
         self.add_callback(self.robustq_callback)
         self.sweep_callback = None
         if settings:
@@ -97,16 +104,17 @@ class RobustQMixin(_AnyTrainer):
         return calibration_batches(self, dataset, config.calibration_samples, config.seed)
 
     def _calibrate_once(self, wrapped: bool = False) -> None:
-        """Unless a checkpoint has brought everything; where no rank holds the whole model, after it is wrapped."""
+        """Unless a checkpoint has brought everything; under FSDP and DeepSpeed, which place the model, once wrapped."""
         if not self.robustq.calibrated:
             self.robustq.restored()
-        if not self.robustq.calibrated and (wrapped or self.robustq.weights_at_hand):
+        if not self.robustq.calibrated and (wrapped or not (self.is_fsdp_enabled or self.is_deepspeed_enabled)):
             self.robustq.calibrate(self._calibration_batches(), forward(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ever; a checkpoint to resume from must be of this config, and may be of another backend.
 
-        At the end the inputs are observed once more, so that a saved model has the statistics of its last weights.
+        At the end, as before every checkpoint, the inputs are observed once more: what is saved has the statistics
+        of its own weights.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
@@ -116,8 +124,17 @@ class RobustQMixin(_AnyTrainer):
             result = self._resume(Path(resume_from_checkpoint), *args, **kwargs)
         else:
             result = super().train(None, *args, **kwargs)
-        self.robustq.observe(self._calibration_batches(), forward(self))
+        try:
+            self.observe()
+        except (RuntimeError, ValueError) as error:
+            logger.warning("the statistics of the inputs are those of the last evaluation or checkpoint: %s", error)
         return result
+
+    def observe(self) -> None:
+        """Observe the inputs on the calibration samples, unless that was done at this optimizer step."""
+        if self._observed != self.state.global_step:
+            self.robustq.observe(self._calibration_batches(), forward(self))
+            self._observed = self.state.global_step
 
     def _resume(self, checkpoint: Path, *args: Any, **kwargs: Any) -> Any:
         if not checkpoint.is_dir():
@@ -129,9 +146,14 @@ class RobustQMixin(_AnyTrainer):
             return super().train(str(folder), *args, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Calibrate, so that steps are set before the optimizer and the wrapping; then as ever."""
+        """Calibrate, so that steps are set before the wrapping; then as ever, with a group for what stages learn."""
         self._calibrate_once()
-        return super().create_optimizer(*args, **kwargs)
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        own = list(self.robustq.own_parameters().values())
+        if created and own:
+            group_apart(optimizer, own, self.scale_lr)
+        return optimizer
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Calibrate where nothing has yet (`evaluate` or `predict` before `train`); then as ever."""
@@ -213,6 +235,15 @@ class RobustQMixin(_AnyTrainer):
 
 class RobustTrainer(RobustQMixin, Trainer):
     """`Trainer` with a `RobustQ`: calibrates by itself, sweeps after every evaluation, writes the card."""
+
+
+def group_apart(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], lr: float | None) -> None:
+    """Move parameters of a new optimizer into a group of their own, without weight decay."""
+    chosen = {id(p) for p in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in chosen]
+    rate = {} if lr is None else {"lr": lr}
+    optimizer.add_param_group({"params": list(parameters), "weight_decay": 0.0, **rate})
 
 
 def training_settings(args: Any, lr_schedule: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -79,6 +79,22 @@ def test_models_that_no_rank_holds_whole(run, saved, config):
 
 
 @pytest.mark.parametrize("config", BACKENDS)
+def test_learned_steps_and_noise_equal_one_process(run, saved, config):
+    """Calibrated after wrapping where the model is sharded, `zero.Init` and lean loading included."""
+    one = run("single_gpu", "--learned")
+    options = ("--model", saved) if config in SHARDED else ()
+    two = run(config, "--learned", *options, lean=config == "fsdp2")
+    names = [name for name in one.state if name.endswith("quantizer.scale")]
+    assert names and two.ranks[0]["checksum"] == two.ranks[1]["checksum"]
+    start = one.logits["learned"]
+    assert start.keys() == set(names) and all(float((one.state[n] / start[n] - 1).abs().max()) > 1e-6 for n in names)
+    for name, value in two.logits["learned"].items():
+        torch.testing.assert_close(value, start[name], rtol=1e-6, atol=0)
+    same_weights(one, two)
+    same_rows(one, two)
+
+
+@pytest.mark.parametrize("config", BACKENDS)
 def test_every_quantizer_tensor_is_equal_across_ranks(run, config):
     one, *others = (rank["checksum"] for rank in run(config, "--save", "--optim", "sgd").ranks)
     assert others == [one]

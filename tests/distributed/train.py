@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_robustq import RobustQ, RobustQCallback, RobustTrainer
 from hf_robustq.calibrate import stages
+from hf_robustq.sharded import whole
 from tests.test_trainer import Rows
 from tests.zoo import llama, tokens
 
@@ -26,6 +27,12 @@ CONFIG = {
     "weights": {"bits": 8},
     "activations": {"bits": 8},
     "calibration_samples": 8,
+}
+LEARNED = {
+    **CONFIG,
+    "weights": {"method": "noise", "bits": 8},
+    "activations": {"method": "lsq", "bits": 8},
+    "first_last": "same",
 }
 SETTINGS = ["fp", "w4", "w3a4", "trained"]
 
@@ -57,6 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--save", action="store_true", help="a checkpoint after the second step")
     parser.add_argument("--plain", action="store_true", help="without the plugin")
     parser.add_argument("--stock", action="store_true", help="a stock Trainer with the callback")
+    parser.add_argument("--learned", action="store_true", help="learned steps, noise, and a learning rate for them")
     parser.add_argument("--disagree", action="store_true", help="another config on the last rank")
     return parser.parse_args()
 
@@ -81,13 +89,17 @@ class Collectives(TrainerCallback):
 
 
 class Watch(TrainerCallback):
-    """The logits before the first step."""
+    """The logits, and what the stages learn, before the first step."""
 
-    def __init__(self, trainer):
-        self.trainer, self.logits = trainer, None
+    def __init__(self, trainer, plugin):
+        self.plugin = plugin
+        self.trainer, self.logits, self.learned = trainer, None, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.logits = logits(self.trainer)
+        for name, parameter in RobustQ.of(self.trainer.model).own_parameters().items() if self.plugin else ():
+            with whole(parameter) as values:
+                self.learned[name] = values.clone()
 
 
 @torch.no_grad()
@@ -105,8 +117,9 @@ def checksum(model) -> str:
     plugin = RobustQ.of(model)
     digest = hashlib.sha256()
     for stage in stages(plugin.sites):
-        for name, buffer in stage.named_buffers():
-            digest.update(f"{name} {buffer.tolist()}".encode())
+        for name, tensor in (*stage.named_buffers(), *stage.named_parameters()):
+            with whole(tensor) as values:
+                digest.update(f"{name} {values.tolist()}".encode())
     return digest.hexdigest()
 
 
@@ -142,8 +155,10 @@ def main(options: argparse.Namespace) -> None:
         if os.environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT") == "true":
             assert all(parameter.numel() == 0 for parameter in model.parameters())
     config = {**CONFIG, "weights": {"bits": 4 if options.disagree and rank == processes - 1 else 8}}
+    if options.learned:
+        config = LEARNED
     stock = options.plain or options.stock
-    robust = {} if stock else {"sweep": SETTINGS}
+    robust = {} if stock else {"sweep": SETTINGS, "scale_lr": 0.01 if options.learned else None}
     if not stock and not staged:
         robust["robustq"] = config
     trainer = (Trainer if stock else RobustTrainer)(
@@ -152,7 +167,7 @@ def main(options: argparse.Namespace) -> None:
     )  # fmt: skip
     if options.stock:
         trainer.add_callback(RobustQCallback(RobustQ.of(model)))
-    watch = Watch(trainer)
+    watch = Watch(trainer, not options.plain)
     trainer.add_callback(watch)
     collectives = Collectives()
     trainer.add_callback(collectives)
@@ -168,7 +183,7 @@ def main(options: argparse.Namespace) -> None:
     trainer.save_model(str(out / "final"))
     (out / f"rank{rank}.json").write_text(json.dumps(result))
     if rank == 0:
-        torch.save({"begin": watch.logits, "end": end}, out / "logits.pt")
+        torch.save({"begin": watch.logits, "end": end, "learned": watch.learned}, out / "logits.pt")
 
 
 if __name__ == "__main__":

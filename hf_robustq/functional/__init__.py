@@ -1,0 +1,27 @@
+"""Pure tensor functions of quantization, and the one door to fused kernels.
+
+Everything here computes in float32 (float64 stays float64), whatever the dtype of its input.
+"""
+
+from hf_robustq.functional.fused import CACHED, fused, memory_order, no_autocast, working_dtype
+from hf_robustq.functional.moments import Scalar, central_moments, chunks, inner, kurtosis
+from hf_robustq.functional.noise import Noise, normal
+from hf_robustq.functional.quantize import SMALLEST, autocast_dtype, fake_quantize
+
+__all__ = [
+    "CACHED",
+    "SMALLEST",
+    "Noise",
+    "Scalar",
+    "autocast_dtype",
+    "central_moments",
+    "chunks",
+    "fake_quantize",
+    "fused",
+    "inner",
+    "kurtosis",
+    "memory_order",
+    "no_autocast",
+    "normal",
+    "working_dtype",
+]

@@ -1,0 +1,65 @@
+"""The door to fused kernels, and what they ask of a tensor: its dtype for arithmetic, its order in memory."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+
+logger = logging.getLogger(__name__)
+
+CACHED = 1 << 17
+"""Elements that stay in a CPU's cache: up to here eager operations are as good as a fused kernel, and beyond it
+they work on pieces of this size."""
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The dtype arithmetic is done in: float64 for float64, float32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """A context in which autocast leaves `x`'s device alone."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def fused(eager: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile `eager` once, for any length, and use it for tensors of `CACHED` elements or more.
+
+    The first argument decides. Small tensors, a tracing compiler, and machines without a working
+    compiler (noticed once, logged) use `eager` itself. `HF_ROBUSTQ_FUSED=0` switches compilation off.
+    """
+    compiled: Callable[..., Any] | None = None
+    broken = os.environ.get("HF_ROBUSTQ_FUSED", "1") == "0"
+
+    @functools.wraps(eager)
+    def call(x: Tensor, *rest: Any) -> Any:
+        nonlocal compiled, broken
+        if broken or x.numel() < CACHED or torch.compiler.is_compiling():
+            return eager(x, *rest)
+        if compiled is None:
+            compiled = torch.compile(eager, dynamic=True, fullgraph=True)
+        try:
+            return compiled(x, *rest)
+        except TorchDynamoException as error:
+            broken = True
+            reason = str(error).strip().splitlines()[0]
+            logger.warning("No fused kernel for %s, using the eager one: %s", eager.__name__, reason)
+            return eager(x, *rest)
+
+    return call
+
+
+def memory_order(x: Tensor) -> list[int]:
+    """The permutation of dimensions in which a dense `x` can be flattened without a copy (channels-last, say)."""
+    if x.dim() in (4, 5) and not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
+        return [0, *range(2, x.dim()), 1]
+    return list(range(x.dim()))

@@ -1,0 +1,72 @@
+"""Tensors stored in pieces over the ranks: FSDP2's DTensors, ZeRO-3's partitions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is stored in pieces over the ranks (FSDP2, ZeRO-3)."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the unsharded parameter: ZeRO-3 leaves an empty tensor in its place."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+@contextmanager
+def whole(parameter: Tensor) -> Iterator[Tensor]:
+    """The unsharded values of a parameter: gathered from FSDP2 or ZeRO-3 where it is sharded (a collective then)."""
+    if isinstance(parameter, DTensor):
+        yield parameter.full_tensor()
+    elif hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield parameter.data
+    else:
+        yield parameter.data
+
+
+def settle(model: nn.Module) -> None:
+    """Put every FSDP2 unit back into pieces: a root stays whole after a forward, and what is written then is lost."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@torch.no_grad()
+def assign(tensor: Tensor, values: Tensor) -> None:
+    """Write whole `values` into a tensor, in place; into its pieces where it is sharded, rank 0's values then.
+
+    DeepSpeed's float32 master copy, where there is one by now, gets them too: it would overwrite them at the
+    next optimizer step.
+    """
+    values = values.detach().to(tensor.device, tensor.dtype).expand(whole_shape(tensor))
+    if isinstance(tensor, DTensor):
+        tensor.copy_(distribute_tensor(values.contiguous(), tensor.device_mesh, tensor.placements))
+        return
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+            if dist.get_rank() == 0:
+                tensor.data.copy_(values)
+    else:
+        tensor.detach().copy_(values)
+    if hasattr(tensor, "_z3_optimizer"):
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        safe_set_local_fp32_param(tensor, tensor.ds_tensor.float())  # type: ignore[attr-defined]
+    elif hasattr(tensor, "_hp_mapping"):
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(tensor, values.float())
