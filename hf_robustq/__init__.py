@@ -6,7 +6,7 @@ from hf_robustq.config import QuantizerConfig, RegularizerConfig, RobustQConfig
 from hf_robustq.grid import Grid
 from hf_robustq.hub import from_pretrained
 from hf_robustq.plugin import RobustQ
-from hf_robustq.quantizers import LSQ, QUANTIZERS, Fixed, NoiseTempered, Quantizer
+from hf_robustq.quantizers import LSQ, QUANTIZERS, DoReFa, Fixed, LSQPlus, NoiseTempered, Quantizer
 from hf_robustq.regularizers import KURE, REGULARIZERS, Regularizer
 from hf_robustq.scales import SCALE_RULES, Sample
 from hf_robustq.sites import Site, find_sites
@@ -24,8 +24,10 @@ __all__ = [
     "REGULARIZERS",
     "SCALE_RULES",
     "BitWidthSweepCallback",
+    "DoReFa",
     "Fixed",
     "Grid",
+    "LSQPlus",
     "NoiseTempered",
     "Quantizer",
     "QuantizerConfig",

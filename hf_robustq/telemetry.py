@@ -51,7 +51,7 @@ def site_quantization(sites: Sequence[Site]) -> dict[str, dict[str, float]]:
     found: dict[str, list[Tensor]] = {}
     for site in sites:
         quantizer = site.weight_stages._modules.get("quantizer")
-        if not isinstance(quantizer, Quantizer) or not bool(quantizer.initialized):
+        if not isinstance(quantizer, Quantizer) or not quantizer.uniform or not bool(quantizer.initialized):
             continue
         with whole(site.parameter) as weight, whole(quantizer.scale) as scale:
             axis, low, high = quantizer.grid.axis, quantizer.low, quantizer.high

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 logger = logging.getLogger(__name__)
 
@@ -31,25 +32,27 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def fused(eager: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile `eager` once, for any length, and use it for tensors of `CACHED` elements or more.
+def fused(eager: Callable[..., Any], smallest: int = CACHED) -> Callable[..., Any]:
+    """Compile `eager` once, for any length, and use it for tensors of `smallest` elements or more.
 
     The first argument decides. Small tensors, a tracing compiler, and machines without a working
     compiler (noticed once, logged) use `eager` itself. `HF_ROBUSTQ_FUSED=0` switches compilation off.
     """
-    compiled: Callable[..., Any] | None = None
+    compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
     broken = os.environ.get("HF_ROBUSTQ_FUSED", "1") == "0"
 
     @functools.wraps(eager)
     def call(x: Tensor, *rest: Any) -> Any:
-        nonlocal compiled, broken
-        if broken or x.numel() < CACHED or torch.compiler.is_compiling():
+        nonlocal broken
+        if broken or x.numel() < smallest or torch.compiler.is_compiling():
             return eager(x, *rest)
-        if compiled is None:
-            compiled = torch.compile(eager, dynamic=True, fullgraph=True)
+        key = (x.dim(), *(one.dtype if isinstance(one, Tensor) else one.__class__ for one in (x, *rest)))
+        if key not in compiled:  # a code object of its own: torch bounds the variants compiled of one
+            own = types.FunctionType(eager.__code__.replace(), eager.__globals__, eager.__name__)
+            compiled[key] = torch.compile(own, dynamic=True, fullgraph=True)
         try:
-            return compiled(x, *rest)
-        except TorchDynamoException as error:
+            return compiled[key](x, *rest)
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             broken = True
             reason = str(error).strip().splitlines()[0]
             logger.warning("No fused kernel for %s, using the eager one: %s", eager.__name__, reason)

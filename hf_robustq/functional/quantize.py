@@ -7,6 +7,7 @@ compiled where a compiler is available; the backward recomputes everything from 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor
 
 from hf_robustq.functional.fused import fused, memory_order, no_autocast, working_dtype
 from hf_robustq.functional.noise import Noise, normal
+
+SMALL = 1 << 14
+"""Elements up to which ten eager operations cost no more than the call of a compiled one."""
 
 SMALLEST = 1e-8
 """Steps are never taken smaller than this: one that an optimizer has brought to zero or below would give NaN."""
@@ -27,7 +31,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind)
 
 
-@fused
+@partial(fused, smallest=SMALL)
 def _forward(
     x: Tensor, scale: Tensor, offset: Tensor | None, low: Tensor, high: Tensor, dtype: torch.dtype, noise: Noise | None
 ) -> Tensor:
@@ -43,7 +47,7 @@ def _forward(
     return value.to(dtype)
 
 
-@fused
+@partial(fused, smallest=SMALL)
 def _backward(
     x: Tensor, grad: Tensor, scale: Tensor, offset: Tensor | None, low: Tensor, high: Tensor, learned: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -115,7 +119,7 @@ class _FakeQuantize(torch.autograd.Function):
         blocks = _blocks(x, order, axis), _blocks(grad_output, order, axis)
         of_x, of_scale, of_offset = _backward(*blocks, steps, offsets, low, high, ctx.learned)
         if of_scale is not None:
-            factor = (high * ctx.count).rsqrt()
+            factor = (high.to(steps.dtype) * ctx.count).rsqrt()
             of_scale = (of_scale * factor).to(scale.dtype).view(scale.shape)
             of_offset = None if offset is None or of_offset is None else (of_offset * factor).view(offset.shape)
         return _unblock(of_x, x.shape, order), of_scale, of_offset, *(None,) * 7
@@ -144,7 +148,9 @@ def fake_quantize(
     Gradients (LSQ, arXiv 1902.08153, eq. 3 and 5; LSQ+, arXiv 2004.09576), with v = (x - b) / s: by x, 1 where
     low < v < high, else 0; by s, round(v) - v inside and the bound outside; by b, 0 inside and 1 outside.
     """
-    if axis is not None and (scale.numel() == 1 or x.dim() < 2):
+    if axis is not None and x.dim() < 2:
+        raise ValueError("a step per channel needs a tensor of two or more dimensions: use one for the tensor")
+    if scale.numel() == 1:
         axis = None
     learned = scale.requires_grad or (offset is not None and offset.requires_grad)
     with no_autocast(x):

@@ -1,14 +1,18 @@
 """Quantizers: one file a method, and the table of methods."""
 
+from hf_robustq.quantizers.dorefa import DoReFa
 from hf_robustq.quantizers.fixed import Fixed
 from hf_robustq.quantizers.lsq import LSQ
+from hf_robustq.quantizers.lsq_plus import LSQPlus
 from hf_robustq.quantizers.noise import NoiseTempered
 from hf_robustq.quantizers.probe import CallProbe, InputProbe, Probe, WeightProbe
 from hf_robustq.quantizers.quantizer import Moment, Quantizer, Role
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
+    "dorefa": DoReFa,
     "fixed": Fixed,
     "lsq": LSQ,
+    "lsq_plus": LSQPlus,
     "noise": NoiseTempered,
 }
 
@@ -16,8 +20,10 @@ __all__ = [
     "LSQ",
     "QUANTIZERS",
     "CallProbe",
+    "DoReFa",
     "Fixed",
     "InputProbe",
+    "LSQPlus",
     "Moment",
     "NoiseTempered",
     "Probe",

@@ -20,4 +20,4 @@ class Fixed(Quantizer):
         self.register_buffer("scale", torch.ones(self.channels, dtype=torch.float32))
 
     def quantize(self, x: Tensor) -> Tensor:
-        return fake_quantize(x, self.scale, self.low, self.high, axis=self.grid.axis, dtype=self.dtype(x))
+        return fake_quantize(x, self.steps, self.low, self.high, **self.options(x))

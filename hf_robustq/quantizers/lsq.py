@@ -29,5 +29,4 @@ class LSQ(Quantizer):
         self.scale = nn.Parameter(torch.ones(self.channels, dtype=torch.float32))
 
     def quantize(self, x: Tensor) -> Tensor:
-        options = {"axis": self.grid.axis, "count": self.sharing(x), "dtype": self.dtype(x)}
-        return fake_quantize(x, self.scale, self.low, self.high, **options)
+        return fake_quantize(x, self.steps, self.low, self.high, **self.options(x))

@@ -71,5 +71,4 @@ class NoiseTempered(LSQ):
             return super().quantize(x)
         temperature, decay, key = (self.get_buffer(name) for name in ("temperature", "decay", "key"))
         noise = Noise(temperature, decay, key, self.k_relative)
-        options = {"axis": self.grid.axis, "count": self.sharing(x), "dtype": self.dtype(x)}
-        return fake_quantize(x, self.scale, self.low, self.high, noise=noise, **options)
+        return fake_quantize(x, self.steps, self.low, self.high, noise=noise, **self.options(x))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,6 +52,8 @@ class Quantizer(Stage, ABC):
 
     rules: Mapping[Role, str] = {"weight": "mse", "input": "mse"}
     """The scale rules that set the first steps, where the config names none."""
+    uniform = True
+    """Whether it rounds x to multiples of `scale`."""
     narrow = False
     """Whether a weight's grid is the narrow one, where the config does not say."""
 
@@ -66,6 +69,7 @@ class Quantizer(Stage, ABC):
         self.role: Role = role
         self.site = ""
         self.enabled = True
+        self.stretch: float | None = None
         self.product = True
         self.register_buffer("low", torch.tensor(grid.low, dtype=torch.float32))
         self.register_buffer("high", torch.tensor(grid.high, dtype=torch.float32))
@@ -74,10 +78,24 @@ class Quantizer(Stage, ABC):
     @torch.no_grad()
     def init_from(self, sample: Sample, rule: str | None = None) -> None:
         """Set the steps from the distribution of what passes through, by a rule of `SCALE_RULES`."""
-        assign(self.scale, SCALE_RULES[rule or self.rules[self.role]](sample, self.grid))
+        self.warn_of_losses(sample)
+        self.set_steps(SCALE_RULES[rule or self.rules[self.role]](sample, self.grid))
+
+    def set_steps(self, scale: Tensor) -> None:
+        """Take over steps, and the range of the grid."""
+        assign(self.scale, scale)
         self.low.fill_(self.grid.low)
         self.high.fill_(self.grid.high)
         self.initialized.fill_(True)
+
+    def warn_of_losses(self, sample: Sample) -> None:
+        """Warn of what the grid cannot hold: negative values on an unsigned one; of nothing but zeros."""
+        what = f"{'the input of ' if self.role == 'input' else ''}{self.site or 'a tensor'}"
+        if not bool((sample.minimum.abs() + sample.maximum.abs()).any()):
+            warnings.warn(f"{what} is zero everywhere in calibration: its step is arbitrary", stacklevel=3)
+        lost = float((sample.counts[:, : sample.values.size(1)] * (sample.values < 0)).sum() / sample.counts.sum())
+        if not self.grid.signed and lost:
+            warnings.warn(f"{what} has negative values, {lost:.1%}, which an unsigned grid loses", stacklevel=3)
 
     def restored(self) -> None:
         """Take the grid from `low` and `high`, which were loaded or received. Raises `ValueError` for nonsense."""
@@ -107,6 +125,22 @@ class Quantizer(Stage, ABC):
     def dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of the result."""
         return autocast_dtype(x) if self.product else x.dtype
+
+    @property
+    def steps(self) -> Tensor:
+        """The steps in use: `scale`, or what `set_bits` makes of it."""
+        return self.scale if self.stretch is None else self.scale * self.stretch
+
+    def set_bits(self, bits: int | None) -> None:
+        """Quantize to other bits within the same clip range, s * high; None: to the own ones again."""
+        grid = self.grid if bits is None else replace(self.grid, bits=bits)
+        self.stretch = None if bits is None else self.grid.high / grid.high
+        self.low.fill_(grid.low)
+        self.high.fill_(grid.high)
+
+    def options(self, x: Tensor) -> dict[str, Any]:
+        """What `fake_quantize` is to know of `x`."""
+        return {"axis": self.grid.axis, "count": self.sharing(x), "dtype": self.dtype(x)}
 
     @abstractmethod
     def quantize(self, x: Tensor) -> Tensor:

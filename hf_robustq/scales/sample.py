@@ -52,6 +52,16 @@ class Sample:
         extremes = torch.tensor([[minimum], [maximum]], dtype=torch.double, device=counts.device)
         return cls(centres[None], counts[None].double(), width, extremes[0], extremes[1])
 
+    def shifted(self, offset: Tensor) -> Sample:
+        """The distribution of x - offset ([C]); exact zeros of a histogram go with the bins beside zero."""
+        size = self.values.size(1)
+        counts = self.counts[:, :size].clone()
+        if self.counts.size(1) > size:
+            beside = self.values.abs() <= self.width / 2 + 1e-12 * self.width
+            counts += beside * (self.zeros / beside.sum(1))[:, None]
+        lower = offset[:, None]
+        return Sample(self.values - lower, counts, self.width, self.minimum - offset, self.maximum - offset)
+
     @property
     def zeros(self) -> Tensor:
         """[C] exact zeros counted apart from the bins (none where `values` are the elements)."""

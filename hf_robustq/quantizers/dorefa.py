@@ -1,0 +1,63 @@
+"""DoReFa (arXiv 1606.06160)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hf_robustq.functional import fake_quantize, no_autocast, working_dtype
+from hf_robustq.grid import Grid
+from hf_robustq.quantizers.quantizer import Quantizer, Role
+from hf_robustq.scales import Sample
+
+
+class DoReFa(Quantizer):
+    """Nothing to learn and nothing to calibrate; with n = 2^bits - 1 and q(x) = round(n * x) / n:
+
+    weights   2 * q(tanh(w) / (2 * max|tanh(w)|) + 1/2) - 1 (eq. 9); always in [-1, 1], so a norm must follow
+    inputs    q(clamp(x, 0, 1)) (eq. 11)
+
+    The gradient passes straight through the rounding, and through tanh and the maximum as they are.
+
+    rescale   weights times max|w|, a constant to the gradient: for layers without a norm
+    clip      inputs are clamped at it instead of 1
+    """
+
+    uniform = False
+
+    def __init__(
+        self, grid: Grid, channels: int = 1, role: Role = "weight", rescale: bool = False, clip: float = 1.0
+    ) -> None:
+        super().__init__(grid, channels, role)
+        if not clip > 0:
+            raise ValueError(f"dorefa: clip must be positive, got {clip!r}")
+        self.rescale, self.clip = rescale, clip
+        self.register_buffer("scale", torch.ones(self.channels, dtype=torch.float32))
+
+    @torch.no_grad()
+    def init_from(self, sample: Sample, rule: str | None = None) -> None:  # noqa: ARG002
+        """The steps do not depend on the data; an input's grid is the unsigned one."""
+        self.grid = replace(self.grid, signed=self.role == "weight", narrow=self.grid.narrow and self.role == "weight")
+        self.warn_of_losses(sample)
+        reach = 2.0 if self.role == "weight" else self.clip
+        self.set_steps(torch.full_like(self.scale, reach / (self.grid.levels - 1)))
+
+    def quantize(self, x: Tensor) -> Tensor:
+        if self.role == "input":
+            return fake_quantize(x, self.steps, self.low, self.high, dtype=self.dtype(x))
+        over = None if self.grid.axis is None else [d for d in range(x.dim()) if d != self.grid.axis % x.dim()]
+        with no_autocast(x):
+            w = x.to(working_dtype(x))
+            squashed = torch.tanh(w)
+            largest = squashed.abs().amax() if over is None else squashed.abs().amax(over, keepdim=True)
+            unit = squashed / largest.clamp(min=torch.finfo(w.dtype).tiny)
+            last = self.high - self.low
+            step, below = 2.0 / last, last.new_full((), -1.0)
+            # one level more at each end, so that +-1 count as inside and the gradient passes everywhere
+            value = fake_quantize(unit, step, below, last + 1, offset=below)
+            if self.rescale:
+                magnitude = w.detach().abs()
+                value = value * (magnitude.amax() if over is None else magnitude.amax(over, keepdim=True))
+        return value.to(self.dtype(x))
