@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_robustq.calibrate import own_buffers, stages
 from hf_robustq.config import QuantizerConfig, RobustQConfig
 from hf_robustq.plugin import METHOD, RobustQ
+from hf_robustq.quantizers import LEARNED
 from hf_robustq.sharded import assign, whole_shape
 
 
@@ -161,7 +162,8 @@ def from_pretrained(
     bits             weight bits, 2 to 16; "trained": the quantizers it was trained with; None: float weights
     activation_bits  bits of the layers' inputs, by the statistics stored in the folder; None: float
                      (with "trained": as trained)
-    scale            rule of `SCALE_RULES` that finds the steps, from the stored weights and statistics
+    scale            rule of `SCALE_RULES` that finds the steps, from the stored weights and statistics; or "learned":
+                     the trained quantizers at these bits, within the clip ranges they were trained to
     per_channel      a step per output channel of the weights
     trainable        keep quantizing on read, so that training can go on; else weights are quantized once,
                      now, and a forward costs what the float model's does (and activation quantizers, if any)
@@ -173,6 +175,11 @@ def from_pretrained(
     """
     if bits == "trained" and activation_bits is not None:
         raise ValueError('activation_bits needs bits: "trained" restores both as they were trained')
+    learned = scale == LEARNED and isinstance(bits, int)
+    if learned and per_channel:
+        raise ValueError("the learned steps are per tensor or per channel as they were trained: drop per_channel")
+    if scale == LEARNED:
+        scale = "mse"
     weights = None if bits in (None, "trained") else QuantizerConfig(bits=bits, scale=scale, per_channel=per_channel)
     activations = None if activation_bits is None else QuantizerConfig(bits=activation_bits, scale=scale)
     if kwargs.get("output_loading_info"):
@@ -182,12 +189,19 @@ def from_pretrained(
     try:
         plugin = RobustQ.of(model)
     except ValueError:
-        if bits == "trained" or activations is not None:
+        if bits == "trained" or activations is not None or learned:
             raise ValueError(
                 f"{path} has no quantizers and no statistics of activations: pass bits= alone, "
                 "or save it from a calibrated RobustQ"
             ) from None
         plugin = RobustQ(model, {})
+    if learned:
+        if plugin.config.activations is not None and activations is None and trainable:
+            raise ValueError(
+                'scale="learned" keeps the input quantizers of a trainable model: pass activation_bits too'
+            )
+        plugin.change_bits(cast(int, bits), activation_bits)
+        return model if trainable else plugin.bake(activations=activations is not None)
     if bits != "trained":
         plugin = plugin.requantized(weights, activations)
     if trainable:

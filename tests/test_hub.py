@@ -88,6 +88,29 @@ def test_every_setting_is_the_sweeps_to_the_bit(folder, setting, trainable):
     assert setting == "fp" or not torch.equal(logits(load(folder, bits=None)), expected)
 
 
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("activation_bits", [None, 3])
+def test_learned_steps_at_other_bits_are_the_sweeps_to_the_bit(tmp_path, trainable, activation_bits):
+    model, batch = bert(), tokens(labels=3)
+    plugin = RobustQ(model, {"weights": {"bits": 4, "method": "lsq"}, "activations": {"bits": 8, "method": "lsq"}})
+    plugin.calibrate([batch], run)
+    model.save_pretrained(tmp_path)
+    options = {"bits": 3, "activation_bits": activation_bits, "scale": "learned", "trainable": trainable}
+    if trainable and activation_bits is None:
+        with pytest.raises(ValueError, match="pass activation_bits too"):
+            load(tmp_path, **options)
+        return
+    setting = Setting.parse("w3@learned" if activation_bits is None else "w3a3@learned")
+    model.eval()
+    with quantized(plugin, setting, Steps(plugin)):
+        expected = logits(model)
+    loaded = load(tmp_path, **options)
+    assert torch.equal(logits(loaded), expected)
+    if activation_bits:
+        loaded.save_pretrained(tmp_path / "again")
+        assert torch.equal(logits(load(tmp_path / "again", trainable=True)), expected)
+
+
 def test_trained_is_the_default(folder):
     assert torch.equal(logits(load(folder)), logits(AutoModelForSequenceClassification.from_pretrained(folder)))
 

@@ -26,7 +26,7 @@ ALLOWED = {
         "calibrate", "config", "distributed", "grid", "plugin", "quantizers", "regularizers", "schedules",
         "sharded", "sites", "telemetry",
     },
-    "hub": {"calibrate", "config", "plugin", "sharded"},
+    "hub": {"calibrate", "config", "plugin", "quantizers", "sharded"},
     "sweep": {"calibrate", "grid", "plugin", "quantizers", "scales", "sharded", "sites", "sweep"},
     "card": {"sweep"},
     "data": {"data"},

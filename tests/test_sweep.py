@@ -46,6 +46,55 @@ def test_settings_that_make_no_sense_are_refused(text):
         Setting.parse(text)
 
 
+LEARNED = [
+    {"weights": {"method": "lsq", "bits": 4}, "activations": {"method": "lsq_plus", "bits": 4}},
+    {"weights": {"method": "lsq", "bits": 3, "per_channel": True}, "activations": {"method": "lsq", "bits": 3}},
+    {"weights": {"method": "dorefa", "bits": 4}, "activations": {"method": "dorefa", "bits": 4}},
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*has negative values")
+@pytest.mark.parametrize("config", LEARNED, ids=["lsq", "lsq per channel", "dorefa"])
+@pytest.mark.parametrize("first_last", [8, "same"])
+def test_learned_steps_at_other_bits_keep_their_clip_range(config, first_last):
+    """Against a copy whose quantizers were built anew at those bits, with steps by the formula."""
+    model, batches = model_and_batches()
+    config = {**config, "first_last": first_last}
+    plugin = RobustQ(model, config)
+    plugin.calibrate(batches, run)
+    with torch.no_grad():
+        for parameter in plugin.own_parameters().values():
+            parameter.mul_(1.3)
+    rows = sweep(plugin, batches, predict, mean_logit, ["trained", "w6a2@learned", "w6@learned", "w3a8@learned"])
+    assert len({row["mean"] for row in rows.values()}) == 4
+    own = config["weights"]["bits"]
+    kept = sweep(plugin, batches, predict, mean_logit, [f"w{own}a{own}@learned", "trained"])
+    assert kept[f"w{own}a{own}@learned"] == kept["trained"] == rows["trained"]
+
+    for name, weights, activations in (("w6a2@learned", 6, 2), ("w3a8@learned", 3, 8)):
+        other = {"weights": {**config["weights"], "bits": weights}}
+        other["activations"] = {**config["activations"], "bits": activations}
+        twin = RobustQ(copy.deepcopy(plugin).detach(), {**config, **other})
+        twin.calibrate(batches, run)
+        with torch.no_grad():
+            for mine, theirs in zip(twin._quantizers(), plugin._quantizers(), strict=True):
+                mine.scale.copy_(theirs.scale * float(theirs.high) / float(mine.high))
+                if hasattr(theirs, "offset"):
+                    mine.offset.copy_(theirs.offset)
+        expected = sweep(twin, batches, predict, mean_logit, ["trained"])["trained"]
+        assert rows[name]["mean"] == pytest.approx(expected["mean"], rel=1e-5)
+
+
+def test_learned_needs_learned_steps():
+    model, batches = model_and_batches()
+    plugin = RobustQ(model, {"weights": {"method": "lsq", "bits": 4}})
+    plugin.calibrate(batches, run)
+    with pytest.raises(ValueError, match="w4a4@learned: the model has no input quantizers"):
+        sweep(plugin, batches, predict, mean_logit, ["w4a4@learned"])
+    with pytest.raises(ValueError, match="drop /channel"):
+        Setting.parse("w4@learned/channel")
+
+
 def test_each_row_is_what_a_model_quantized_by_hand_gives():
     """Weights overwritten and inputs hooked with the plain formula, one configuration at a time."""
     model, batches = model_and_batches()
@@ -122,7 +171,7 @@ def test_a_weight_is_quantized_once_for_each_setting(monkeypatch):
     plugin = RobustQ(model, {})
     calls = []
     original = probe.fake_quantize
-    monkeypatch.setattr(probe, "fake_quantize", lambda *args: calls.append(1) or original(*args))
+    monkeypatch.setattr(probe, "fake_quantize", lambda *args, **options: calls.append(1) or original(*args, **options))
     sweep(plugin, batches, predict, mean_logit, ["fp", "w4", "w2"])
     assert len(calls) == 2 * len(plugin.sites)
 

@@ -323,6 +323,24 @@ class RobustQ:
         plugin.restored()
         return plugin
 
+    def change_bits(self, weights: int | None, activations: int | None) -> None:
+        """The quantizers it has, at other bits within their clip ranges; the edges' stay at 8, None changes nothing."""
+        self.check_initialized()
+        wanted = {"weight": weights, "input": activations}
+        for quantizer in self._quantizers():
+            bits = wanted[quantizer.role]
+            if bits is not None and quantizer.site not in self.edges:
+                quantizer.change_bits(bits)
+        changes = {}
+        for name, bits in (("weights", weights), ("activations", activations)):
+            if bits is not None:
+                own: QuantizerConfig | None = getattr(self.config, name)
+                if own is None:
+                    raise ValueError(f"the model has no quantizers of its {name}: there is no clip range to keep")
+                changes[name] = replace(own, bits=bits)
+        self.config = replace(self.config, **changes)
+        mark(self)
+
     def enable(self, on: bool) -> None:
         """Switch all quantizers on or off; off, a weight reads as the stored parameter."""
         for quantizer in self._quantizers():

@@ -6,7 +6,7 @@ from hf_robustq.quantizers.lsq import LSQ
 from hf_robustq.quantizers.lsq_plus import LSQPlus
 from hf_robustq.quantizers.noise import NoiseTempered
 from hf_robustq.quantizers.probe import CallProbe, InputProbe, Probe, WeightProbe
-from hf_robustq.quantizers.quantizer import Moment, Quantizer, Role
+from hf_robustq.quantizers.quantizer import LEARNED, Moment, Quantizer, Role
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "dorefa": DoReFa,
@@ -17,6 +17,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 }
 
 __all__ = [
+    "LEARNED",
     "LSQ",
     "QUANTIZERS",
     "CallProbe",

@@ -17,6 +17,9 @@ from hf_robustq.scales import SCALE_RULES, Sample
 from hf_robustq.sharded import assign
 from hf_robustq.stage import Stage
 
+LEARNED = "learned"
+"""The rule that is no search: the steps a quantizer has, at other bits within its clip range."""
+
 Role = Literal["weight", "input"]
 
 
@@ -137,6 +140,12 @@ class Quantizer(Stage, ABC):
         self.stretch = None if bits is None else self.grid.high / grid.high
         self.low.fill_(grid.low)
         self.high.fill_(grid.high)
+
+    def change_bits(self, bits: int) -> None:
+        """`set_bits`, for good."""
+        self.set_bits(bits)
+        assign(self.scale, self.steps)
+        self.grid, self.stretch = replace(self.grid, bits=bits), None
 
     def options(self, x: Tensor) -> dict[str, Any]:
         """What `fake_quantize` is to know of `x`."""

@@ -18,7 +18,7 @@ from hf_robustq.calibrate import (
 )
 from hf_robustq.grid import Grid
 from hf_robustq.plugin import RobustQ
-from hf_robustq.quantizers import InputProbe
+from hf_robustq.quantizers import LEARNED, InputProbe, Quantizer
 from hf_robustq.scales import SCALE_RULES, Sample
 from hf_robustq.sharded import is_sharded
 from hf_robustq.sites import Site
@@ -67,6 +67,10 @@ def quantized(plugin: RobustQ, setting: Setting, steps: Steps) -> Iterator[None]
         plugin.check_initialized()
         yield
         return
+    if setting.scale == LEARNED:
+        with _learned(plugin, setting):
+            yield
+        return
     with float_model(plugin.sites):
         for site in plugin.sites:
             if setting.weights is not None:
@@ -74,6 +78,30 @@ def quantized(plugin: RobustQ, setting: Setting, steps: Steps) -> Iterator[None]
             if setting.activations is not None and isinstance(input_probe(site), InputProbe):
                 input_probe(site).quantize(*steps.activation(site, setting))
         yield
+
+
+@contextmanager
+def _learned(plugin: RobustQ, setting: Setting) -> Iterator[None]:
+    """The model's own quantizers at other bits, within the clip ranges they have."""
+    plugin.check_initialized()
+    quantizers = [(site, stage) for site in plugin.sites for stage in (*site.weight_stages, *site.activation_stages)]
+    wanted = {"weight": setting.weights, "input": setting.activations}
+    own = {id(stage): (site, stage) for site, stage in quantizers if isinstance(stage, Quantizer)}
+    for role, bits in wanted.items():
+        if bits is not None and not any(stage.role == role for _, stage in own.values()):
+            raise ValueError(f"{setting.name}: the model has no {role} quantizers whose steps were learned")
+    enabled = [(stage, stage.enabled) for _, stage in own.values()]
+    try:
+        for site, stage in own.values():
+            bits = wanted[stage.role]
+            stage.enabled = bits is not None
+            if bits is not None:
+                stage.set_bits(None if site.name in plugin.edges else bits)
+        yield
+    finally:
+        for stage, was in enabled:
+            stage.enabled = was
+            stage.set_bits(None)
 
 
 def chunked(batches: Iterable[Any], limit: int) -> Iterator[list[Any]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from hf_robustq.grid import check_bits
+from hf_robustq.quantizers import LEARNED
 from hf_robustq.scales import SCALE_RULES
 
 
@@ -16,10 +17,11 @@ class Setting:
     """One way to quantize a model for evaluation: `fp`, `trained`, `w4`, `w4a8`, `w4@absmax` or `w4@mse/channel`.
 
     weights, activations   storage bits; None: float
-    scale                  a name of `SCALE_RULES`
+    scale                  a name of `SCALE_RULES`, or "learned": the model's own quantizers at these bits, with the
+                           clip range they were trained to (s * high)
     per_channel            a step per output channel of the weights
     trained                the model's own quantizers, as it was trained
-    Weights take the narrow grid of 2^b - 1 levels, activations the full one of 2^b.
+    Weights take the narrow grid of 2^b - 1 levels, activations the full one of 2^b; with "learned", their own.
     """
 
     weights: int | None = None
@@ -34,8 +36,10 @@ class Setting:
         for what, bits in (("weight bits", self.weights), ("activation bits", self.activations)):
             if bits is not None:
                 check_bits(bits, what)
-        if self.scale not in SCALE_RULES:
-            raise ValueError(f"unknown scale rule {self.scale!r}: known: {', '.join(SCALE_RULES)}")
+        if self.scale not in (*SCALE_RULES, LEARNED):
+            raise ValueError(f"unknown scale rule {self.scale!r}: known: {', '.join([*SCALE_RULES, LEARNED])}")
+        if self.scale == LEARNED and self.per_channel:
+            raise ValueError("the learned steps are per tensor or per channel as they were trained: drop /channel")
 
     @classmethod
     def parse(cls, text: str) -> Self:
