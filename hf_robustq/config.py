@@ -106,6 +106,9 @@ class RobustQConfig:
     first_last           first and last layer: "float" (not touched), 8 (quantized to 8 bits, not regularized),
                          or "same" (like every other layer)
     embeddings           stage embedding tables too
+    memory               "keep": quantized weights and inputs are kept for the backward; "recompute": it makes them
+                         anew, which costs a quantization more and no memory (not together with gradient
+                         checkpointing, whose work it undoes)
     calibration_samples  training samples that set activation steps
     seed                 of everything random in the plugin
     """
@@ -118,6 +121,7 @@ class RobustQConfig:
     weights_only: tuple[str, ...] = ()
     first_last: Literal["float", 8, "same"] = "float"
     embeddings: bool = False
+    memory: Literal["keep", "recompute"] = "keep"
     calibration_samples: int = 512
     seed: int = 0
 
@@ -125,6 +129,8 @@ class RobustQConfig:
         _check_types(self)
         if self.first_last not in ("float", 8, "same"):
             raise ValueError(f"first_last must be 'float', 8 or 'same', got {self.first_last!r}")
+        if self.memory not in ("keep", "recompute"):
+            raise ValueError(f"memory must be 'keep' or 'recompute', got {self.memory!r}")
         if self.calibration_samples < 1:
             raise ValueError(f"calibration_samples must be at least 1, got {self.calibration_samples!r}")
         if self.activations is not None and self.activations.per_channel:

@@ -102,9 +102,12 @@ class _FakeQuantize(torch.autograd.Function):
         learned: bool,
         dtype: torch.dtype,
         noise: Noise | None,
+        known: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, scale, offset, low, high)
         ctx.axis, ctx.count, ctx.learned = axis, count, learned
+        if known is not None:
+            return known.detach()
         order = memory_order(x) if noise is None else list(range(x.dim()))  # positions do not depend on strides
         steps = _broadcast(scale.to(working_dtype(x)), axis)
         offsets = None if offset is None else _broadcast(offset.to(steps.dtype), axis)
@@ -122,7 +125,7 @@ class _FakeQuantize(torch.autograd.Function):
             factor = (high.to(steps.dtype) * ctx.count).rsqrt()
             of_scale = (of_scale * factor).to(scale.dtype).view(scale.shape)
             of_offset = None if offset is None or of_offset is None else (of_offset * factor).view(offset.shape)
-        return _unblock(of_x, x.shape, order), of_scale, of_offset, *(None,) * 7
+        return _unblock(of_x, x.shape, order), of_scale, of_offset, *(None,) * 8
 
 
 def fake_quantize(
@@ -136,6 +139,7 @@ def fake_quantize(
     count: int = 1,
     dtype: torch.dtype | None = None,
     noise: Noise | None = None,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Round `x` to the grid s * {low, ..., high} + b: s * round(clamp((x - b) / s, low, high)) + b, ties to even.
 
@@ -144,6 +148,7 @@ def fake_quantize(
     count           elements that share a step: the gradients of s and b are scaled by 1 / sqrt(count * high)
     dtype           of the result; default: `x`'s. The arithmetic is in float32 (float64 stays float64)
     noise           added to the result; no gradient goes through it
+    known           the result, where it is known already
 
     Gradients (LSQ, arXiv 1902.08153, eq. 3 and 5; LSQ+, arXiv 2004.09576), with v = (x - b) / s: by x, 1 where
     low < v < high, else 0; by s, round(v) - v inside and the bound outside; by b, 0 inside and 1 outside.
@@ -154,4 +159,4 @@ def fake_quantize(
         axis = None
     learned = scale.requires_grad or (offset is not None and offset.requires_grad)
     with no_autocast(x):
-        return _FakeQuantize.apply(x, scale, offset, low, high, axis, count, learned, dtype or x.dtype, noise)
+        return _FakeQuantize.apply(x, scale, offset, low, high, axis, count, learned, dtype or x.dtype, noise, known)

@@ -86,7 +86,8 @@ class RobustQ:
                 stages = shared.get(id(site.parameter))
                 if stages is None:
                     stages = weight_stages(self.config, site, self.edges)
-                attach(site, stages, activation_stages(self.config, site, self.edges))
+                recompute = self.config.memory == "recompute"
+                attach(site, stages, activation_stages(self.config, site, self.edges), recompute)
                 shared[id(site.parameter)] = site.weight_stages  # both ends of a tie get the same stages
                 attached.append(site)
         except Exception:
@@ -203,6 +204,7 @@ class RobustQ:
             index = (self._moment.step + 1 if self._moment else 0) if index is None else index
             for quantizer in self._quantizers():
                 quantizer.project()
+            self._forget()
             self._moment = Moment(
                 progress=progress, step=index, learning_rate=learning_rate, seed=self.config.seed
             )  # fmt: skip
@@ -229,6 +231,15 @@ class RobustQ:
         if self._moment is not None:
             self._moment = replace(self._moment, micro_batch=self._moment.micro_batch + 1)
             self._at()
+
+    def _forget(self) -> None:
+        """Weights have changed: nothing that was quantized holds. Under accumulation the next result is kept."""
+        keep = GradientState().num_steps > 1 and self.config.memory == "keep"
+        for site in self.sites:
+            quantizer = site.weight_stages._modules.get("quantizer")
+            if isinstance(quantizer, Quantizer):
+                quantizer.forget()
+                quantizer.keep = keep and not is_sharded(site.parameter)
 
     def _at(self) -> None:
         assert self._moment is not None

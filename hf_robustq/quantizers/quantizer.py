@@ -50,6 +50,7 @@ class Quantizer(Stage, ABC):
     enabled       False: identity (a sweep looks at the float tensor)
     role          what it quantizes: a weight, or a layer's input
     site          the name of the weight, which random draws are a function of
+    keep, kept    whether to hold on to the result for the next micro-batch, whose weight is the same; the result
     product       whether its result goes into a matrix product; else its dtype is left alone under autocast
     """
 
@@ -73,6 +74,8 @@ class Quantizer(Stage, ABC):
         self.site = ""
         self.enabled = True
         self.stretch: float | None = None
+        self.keep = False
+        self.kept: Tensor | None = None
         self.product = True
         self.register_buffer("low", torch.tensor(grid.low, dtype=torch.float32))
         self.register_buffer("high", torch.tensor(grid.high, dtype=torch.float32))
@@ -149,14 +152,25 @@ class Quantizer(Stage, ABC):
 
     def options(self, x: Tensor) -> dict[str, Any]:
         """What `fake_quantize` is to know of `x`."""
-        return {"axis": self.grid.axis, "count": self.sharing(x), "dtype": self.dtype(x)}
+        kept = self.kept if self.training and torch.is_grad_enabled() else None
+        known = kept if kept is not None and kept.dtype == self.dtype(x) else None
+        return {"axis": self.grid.axis, "count": self.sharing(x), "dtype": self.dtype(x), "known": known}
 
     @abstractmethod
     def quantize(self, x: Tensor) -> Tensor:
         """`x` on the grid."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.quantize(x) if self.enabled else x
+        if not self.enabled:
+            return x
+        y = self.quantize(x)
+        if self.keep and self.training and torch.is_grad_enabled():
+            self.kept = y.detach()
+        return y
+
+    def forget(self) -> None:
+        """The weight has changed, or is about to."""
+        self.kept = None
 
     def extra_repr(self) -> str:
         axis = "" if self.grid.axis is None else f", axis={self.grid.axis}"

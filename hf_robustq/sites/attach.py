@@ -10,10 +10,11 @@ The same subclass passes the module's input through `activation_stages`.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_robustq.sharded import assign, whole
@@ -30,18 +31,32 @@ def staged_class(cls: type[nn.Module], tensor: str) -> type[nn.Module]:
         if stored is None or isinstance(stored, DTensor) or stored.is_meta:  # storage, not compute
             return stored
         try:
-            return getattr(self, stages_name)(stored)
+            value = getattr(self, stages_name)(stored)
         except AttributeError as error:  # nn.Module.__getattr__ would go on and return the raw parameter
             raise RuntimeError(f"a stage of {tensor} failed: {error}") from error
+        reads: list[Rebuilt] | None = self.__dict__.get("_reads")
+        if reads is not None and value is not stored:
+            reads.append(Rebuilt(value, lambda: getattr(self, tensor)))
+        return value
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        stages = self._modules["activation_stages"]
+        stages: Any = self._modules["activation_stages"]
+        first = "" if args else next(iter(kwargs))
+        x = args[0] if args else kwargs[first]
+        staged = stages(x)
         if args:
-            args = (stages(args[0]), *args[1:])  # type: ignore[misc]
+            args = (staged, *args[1:])
         else:
-            first = next(iter(kwargs))
-            kwargs = {**kwargs, first: stages(kwargs[first])}  # type: ignore[misc]
-        return cls.forward(self, *args, **kwargs)
+            kwargs = {**kwargs, first: staged}
+        if not self.__dict__.get("_recompute") or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return cls.forward(self, *args, **kwargs)
+        reads = [] if staged is x else [Rebuilt(staged, lambda: stages(x))]
+        object.__setattr__(self, "_reads", reads)
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, reads), _unpack):
+                return cls.forward(self, *args, **kwargs)
+        finally:
+            object.__delattr__(self, "_reads")
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         _, _, *state = object.__reduce_ex__(self, protocol)
@@ -51,6 +66,29 @@ def staged_class(cls: type[nn.Module], tensor: str) -> type[nn.Module]:
     return type(cls.__name__, (cls,), {**body, "__module__": cls.__module__})
 
 
+class Rebuilt(NamedTuple):
+    """A staged tensor that the backward makes anew instead of keeping it."""
+
+    value: Tensor
+    make: Callable[[], Tensor]
+
+
+def _pack(reads: list[Rebuilt], saved: Tensor) -> Any:
+    """What autograd keeps of a tensor: for a staged one, or a view of it, how to make it."""
+    for value, make in reads:
+        if saved.data_ptr() == value.data_ptr() and saved.numel() == value.numel() and saved.dtype == value.dtype:
+            return make, saved.size(), saved.stride()
+    return saved
+
+
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    make, size, stride = packed
+    with torch.no_grad():
+        return make().as_strided(size, stride)
+
+
 def _rebuild(cls: type[nn.Module], tensor: str) -> nn.Module:
     """What pickle calls: the staged class is made anew, not looked up by its name."""
     staged = staged_class(cls, tensor)
@@ -58,12 +96,16 @@ def _rebuild(cls: type[nn.Module], tensor: str) -> nn.Module:
 
 
 def attach(
-    site: Site, weight_stages: dict[str, nn.Module] | nn.Sequential, activation_stages: dict[str, nn.Module]
+    site: Site,
+    weight_stages: dict[str, nn.Module] | nn.Sequential,
+    activation_stages: dict[str, nn.Module],
+    recompute: bool = False,
 ) -> None:
     """Put stages between the parameter and its reader, and between the module and its first input.
 
     `weight_stages` is the sequence of another site where the two share their parameter: it stays that site's
-    submodule, so that no tensor is saved twice.
+    submodule, so that no tensor is saved twice. `recompute`: the staged weight and input are not kept for the
+    backward, which makes them anew (a compiler decides that by itself).
 
     Raises `ValueError` for a sharded parameter (attach before wrapping), for a site that is staged already,
     and for a module whose `forward` was replaced on the instance, which would bypass the stages.
@@ -83,6 +125,7 @@ def attach(
     else:
         module.add_module(f"{site.tensor}_stages", _sequence(weight_stages, module.training))
     module.add_module("activation_stages", _sequence(activation_stages, module.training))
+    object.__setattr__(module, "_recompute", recompute)
     module.__class__ = staged_class(type(module), site.tensor)
 
 
@@ -99,6 +142,7 @@ def detach(site: Site) -> None:
     module.__class__ = type(module)._unstaged  # type: ignore[attr-defined]
     delattr(module, f"{site.tensor}_stages")
     delattr(module, "activation_stages")
+    object.__delattr__(module, "_recompute")
 
 
 @torch.no_grad()
