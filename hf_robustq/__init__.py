@@ -7,7 +7,7 @@ from hf_robustq.grid import Grid
 from hf_robustq.hub import from_pretrained
 from hf_robustq.plugin import RobustQ
 from hf_robustq.quantizers import LSQ, QUANTIZERS, DoReFa, Fixed, LSQPlus, NoiseTempered, Quantizer
-from hf_robustq.regularizers import KURE, REGULARIZERS, Regularizer
+from hf_robustq.regularizers import KURE, REGULARIZERS, Damping, Regularizer
 from hf_robustq.scales import SCALE_RULES, Sample
 from hf_robustq.sites import Site, find_sites
 from hf_robustq.sweep import Row, Setting, Sweep, robustness, sweep
@@ -24,6 +24,7 @@ __all__ = [
     "REGULARIZERS",
     "SCALE_RULES",
     "BitWidthSweepCallback",
+    "Damping",
     "DoReFa",
     "Fixed",
     "Grid",

@@ -27,7 +27,7 @@ def whole(parameter: Tensor) -> Iterator[Tensor]:
     """The unsharded values of a parameter: gathered from FSDP2 or ZeRO-3 where it is sharded (a collective then)."""
     if isinstance(parameter, DTensor):
         yield parameter.full_tensor()
-    elif hasattr(parameter, "ds_id"):
+    elif hasattr(parameter, "ds_id") and parameter.shape != whole_shape(parameter):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_robustq.functional import fake_quantize, kurtosis
-from hf_robustq.quantizers import Quantizer
+from hf_robustq.quantizers import Oscillation, Quantizer
 from hf_robustq.regularizers import Regularizer
 from hf_robustq.sharded import is_sharded, whole
 from hf_robustq.sites import Site
@@ -47,6 +47,7 @@ def site_quantization(sites: Sequence[Site]) -> dict[str, dict[str, float]]:
     step      mean over channels
     clipped   share of weights beyond the first and the last level
     largest   max |w|
+    oscillating  share of weights that oscillate, where that is watched
     """
     found: dict[str, list[Tensor]] = {}
     for site in sites:
@@ -59,9 +60,12 @@ def site_quantization(sites: Sequence[Site]) -> dict[str, dict[str, float]]:
             error = (fake_quantize(w, scale, low, high, axis=axis) - w).abs().mean()
             clipped = ((w < low * step) | (w > high * step)).float().mean()
             found[site.name] = [error, scale.mean(), clipped, w.abs().amax()]
-    values = torch.stack([torch.stack(four) for four in found.values()]).tolist() if found else []
-    names = ("error", "step", "clipped", "largest")
-    return {site: dict(zip(names, four, strict=True)) for site, four in zip(found, values, strict=True)}
+            watcher = site.weight_stages._modules.get("oscillation")
+            if isinstance(watcher, Oscillation):
+                found[site.name].append(watcher.share)
+    names = ("error", "step", "clipped", "largest", "oscillating")
+    values = [torch.stack(row).tolist() for row in found.values()]
+    return {site: dict(zip(names, row, strict=False)) for site, row in zip(found, values, strict=True)}
 
 
 class FiniteWatch:

@@ -2,7 +2,7 @@
 
 import functools
 
-from hf_robustq import KURE, LSQ, DoReFa, Fixed, LSQPlus, NoiseTempered
+from hf_robustq import KURE, LSQ, Damping, DoReFa, Fixed, Grid, LSQPlus, NoiseTempered
 
 QUANTIZERS = {
     "fixed": Fixed,
@@ -13,7 +13,17 @@ QUANTIZERS = {
     "noise": NoiseTempered,
 }
 
+
+def damping():
+    """With the quantizer of the same weight, at 3 bits and a step of 0.4."""
+    stage, quantizer = Damping(), LSQ(Grid(bits=3))
+    quantizer.scale.data.fill_(0.4)
+    object.__setattr__(stage, "quantizer", quantizer)
+    return stage
+
+
 REGULARIZERS = {
+    "damping": damping,
     "kure": lambda: KURE(),
     "kure at 3": lambda: KURE(target=3.0),
 }

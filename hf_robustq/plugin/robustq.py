@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from accelerate.state import GradientState
 from torch import nn
@@ -19,7 +19,7 @@ from hf_robustq.config import QuantizerConfig, RobustQConfig
 from hf_robustq.plugin.mark import PLUGIN, mark, refuse_quantized, unmark
 from hf_robustq.plugin.stages import activation_stages, float_input, weight_stages
 from hf_robustq.plugin.table import table
-from hf_robustq.quantizers import InputProbe, Moment, Quantizer
+from hf_robustq.quantizers import InputProbe, Moment, Oscillation, Quantizer
 from hf_robustq.regularizers import Regularizer
 from hf_robustq.schedules import SCHEDULES
 from hf_robustq.sharded import is_sharded, settle, whole_shape
@@ -66,6 +66,7 @@ class RobustQ:
         self.watch = FiniteWatch(model)
         self.calibrated = False
         self._moment: Moment | None = None
+        self._stepping = False
         self._unsaved: list[tuple[nn.Module, str]] = []
         mark(self)
         self.before_wrapping()
@@ -202,9 +203,8 @@ class RobustQ:
             first = bool(GradientState().sync_gradients)
         if first:
             index = (self._moment.step + 1 if self._moment else 0) if index is None else index
-            for quantizer in self._quantizers():
-                quantizer.project()
-            self._forget()
+            self.after_optimizer_step()
+            self._stepping = True
             self._moment = Moment(
                 progress=progress, step=index, learning_rate=learning_rate, seed=self.config.seed
             )  # fmt: skip
@@ -232,6 +232,24 @@ class RobustQ:
             self._moment = replace(self._moment, micro_batch=self._moment.micro_batch + 1)
             self._at()
 
+    def after_optimizer_step(self) -> None:
+        """Put what was learned back where it makes sense, and frozen weights on their levels.
+
+        `step` calls it before the next optimizer step; the last one of a plain loop has to be followed by it.
+        """
+        self._forget()
+        if not self._stepping:
+            return
+        self._stepping = False
+        for quantizer in self._quantizers():
+            quantizer.project()
+        for site in self.sites:
+            watcher = site.weight_stages._modules.get("oscillation")
+            if isinstance(watcher, Oscillation):
+                if is_sharded(site.parameter):
+                    raise ValueError("oscillations are watched in one process and under DDP only: set it to ignore")
+                watcher.update(site.parameter.data, cast(Quantizer, site.weight_stages._modules["quantizer"]))
+
     def _forget(self) -> None:
         """Weights have changed: nothing that was quantized holds. Under accumulation the next result is kept."""
         keep = GradientState().num_steps > 1 and self.config.memory == "keep"
@@ -254,6 +272,7 @@ class RobustQ:
 
         quantization_error   mean |Q(w) - w|
         step, clipped        the mean step, and the share of weights beyond the outer levels
+        oscillating          the share of weights that go back and forth between two levels, where that is watched
         largest_weight       max |w| of any
         """
         kurtosis = [value for value in site_kurtosis(self.regularized).values() if not math.isnan(value)]
@@ -262,6 +281,8 @@ class RobustQ:
         if sites:
             for name, key in (("quantization_error", "error"), ("step", "step"), ("clipped", "clipped")):
                 mean[name] = sum(site[key] for site in sites) / len(sites)
+            if all("oscillating" in site for site in sites):
+                mean["oscillating"] = sum(site["oscillating"] for site in sites) / len(sites)
             mean["largest_weight"] = max(site["largest"] for site in sites)
         return {**mean, **mean_penalties(self.regularized)}
 

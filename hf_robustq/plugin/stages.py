@@ -10,8 +10,8 @@ from torch import nn
 
 from hf_robustq.config import QuantizerConfig, RobustQConfig
 from hf_robustq.grid import Grid
-from hf_robustq.quantizers import QUANTIZERS, CallProbe, InputProbe, Quantizer, Role, WeightProbe
-from hf_robustq.regularizers import REGULARIZERS
+from hf_robustq.quantizers import QUANTIZERS, CallProbe, InputProbe, Oscillation, Quantizer, Role, WeightProbe
+from hf_robustq.regularizers import REGULARIZERS, Regularizer
 from hf_robustq.sites import Site
 
 
@@ -35,6 +35,12 @@ def weight_stages(config: RobustQConfig, site: Site, edges: Collection[str]) -> 
     if config.weights is not None:
         axis = site.axis if config.weights.per_channel else None
         stages["quantizer"] = _quantizer(config.weights, site, edges, axis, "weight")
+        for stage in stages.values():
+            if isinstance(stage, Regularizer) and stage.needs_quantizer:
+                object.__setattr__(stage, "quantizer", stages["quantizer"])
+        if config.oscillations != "ignore":
+            freeze = config.freeze_above if config.oscillations == "freeze" else None
+            stages["oscillation"] = Oscillation(site.shape, freeze)
     stages["probe"] = WeightProbe(site.axis, site.shape[site.axis])
     return _beside(site, stages)
 

@@ -5,6 +5,7 @@ from hf_robustq.quantizers.fixed import Fixed
 from hf_robustq.quantizers.lsq import LSQ
 from hf_robustq.quantizers.lsq_plus import LSQPlus
 from hf_robustq.quantizers.noise import NoiseTempered
+from hf_robustq.quantizers.oscillation import Oscillation
 from hf_robustq.quantizers.probe import CallProbe, InputProbe, Probe, WeightProbe
 from hf_robustq.quantizers.quantizer import LEARNED, Moment, Quantizer, Role
 
@@ -27,6 +28,7 @@ __all__ = [
     "LSQPlus",
     "Moment",
     "NoiseTempered",
+    "Oscillation",
     "Probe",
     "Quantizer",
     "Role",

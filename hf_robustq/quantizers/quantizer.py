@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_robustq.functional import SMALLEST, autocast_dtype
 from hf_robustq.grid import Grid
 from hf_robustq.scales import SCALE_RULES, Sample
-from hf_robustq.sharded import assign
+from hf_robustq.sharded import assign, whole
 from hf_robustq.stage import Stage
 
 LEARNED = "learned"
@@ -136,6 +136,13 @@ class Quantizer(Stage, ABC):
     def steps(self) -> Tensor:
         """The steps in use: `scale`, or what `set_bits` makes of it."""
         return self.scale if self.stretch is None else self.scale * self.stretch
+
+    def steps_along(self, x: Tensor) -> Tensor:
+        """`scale`, a constant, in the shape that broadcasts along its axis of `x`."""
+        with whole(self.scale) as scale:
+            shape = [1] * x.dim()
+            shape[self.grid.axis or 0] = -1
+            return scale.clamp(min=SMALLEST).view(shape)
 
     def set_bits(self, bits: int | None) -> None:
         """Quantize to other bits within the same clip range, s * high; None: to the own ones again."""

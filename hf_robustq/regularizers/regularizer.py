@@ -42,6 +42,10 @@ class Regularizer(Stage, ABC):
     active     True on the first micro-batch of an optimizer step, which carries the whole penalty
     """
 
+    needs_quantizer = False
+    """Whether the penalty depends on the quantizer of the same weight, which is then its `quantizer`."""
+
+    quantizer: Any = None
     strength: Tensor
 
     def __init__(self) -> None:

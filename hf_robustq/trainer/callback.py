@@ -73,6 +73,9 @@ class RobustQCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         self.plugin.watch.look(state.global_step)
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self.plugin.after_optimizer_step()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if control.should_log or control.should_save or control.should_evaluate:
             self.plugin.watch.check(state.global_step)
