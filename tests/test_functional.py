@@ -102,3 +102,21 @@ def test_without_a_compiler_the_eager_function_is_used(monkeypatch, caplog):
     assert double(x).sum() == 2 * CACHED
     assert double(x).sum() == 2 * CACHED
     assert len(caplog.records) == 1 and "no C++ compiler" in caplog.text
+
+
+def divide(x, scale):
+    return x / scale
+
+
+def test_one_variant_serves_every_shape_and_every_view(caplog):
+    """Weights may be views of flat buffers, steps views of anything: none costs a compilation, none gives it up.
+
+    Warnings are errors here: one raised while compiling shows as a kernel given up.
+    """
+    kernel = fused(divide, smallest=1)
+    base = torch.randn(12, 20, requires_grad=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for x in (base[:8], base.view(24, 10), (2 * base).view(5, 48), torch.randn(7, 9), base):
+            scale = 0.1 + torch.rand(x.shape[0] * x.shape[1], requires_grad=True)[: x.shape[0]].reshape(-1, 1)
+            torch.testing.assert_close(kernel(x, scale), (x / scale).detach())
+    assert "No fused kernel" not in caplog.text

@@ -306,3 +306,36 @@ def test_the_stages_tensors_are_not_sent_at_every_forward_and_the_users_own_choi
     RobustQ(model, {**KURE, "weights": {"bits": 4}})
     names = model._ddp_params_and_buffers_to_ignore
     assert "0.bias" in names and {name for name, _ in model.named_buffers()} <= set(names)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_an_optimizer_built_before_the_quantizers_is_an_error(early):
+    """In a plain loop at the second step, which is the first to show it."""
+    model = mlp()
+    before = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    plugin = RobustQ(model, {"weights": {"method": "lsq", "bits": 4}, "first_last": "same"})
+    plugin.calibrate([torch.randn(2, 6)], forward)
+    optimizer = before if early else torch.optim.AdamW(plugin.parameter_groups(0.0), lr=1e-3)
+
+    def loop():
+        for _ in range(3):
+            plugin.step(0.0, first=True)
+            model(torch.randn(2, 6)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    if early:
+        with pytest.raises(RuntimeError, match=r"does not train .*quantizer\.scale: build it after RobustQ"):
+            loop()
+        with pytest.raises(RuntimeError, match="does not train"):
+            plugin.check_optimizer(optimizer)
+    else:
+        loop()
+        plugin.check_optimizer(optimizer)
+
+
+def test_learned_steps_have_a_group_of_their_own_without_decay():
+    plugin = RobustQ(mlp(), {"weights": {"method": "lsq", "bits": 4}, "first_last": "same"})
+    *_, group = plugin.parameter_groups(0.1, scale_lr=1e-4)
+    assert group["weight_decay"] == 0 and group["lr"] == 1e-4
+    assert {id(p) for p in group["params"]} == {id(p) for p in plugin.own_parameters().values()} != set()

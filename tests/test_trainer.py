@@ -147,6 +147,70 @@ def test_an_interrupted_run_resumed_ends_with_exactly_the_same_weights(tmp_path,
     assert sweeps[0] == sweeps[1] and len(sweeps[0]) == 3
 
 
+LEARNED = {
+    "weights": {"method": "noise", "bits": 3, "per_channel": True, "schedule": "cosine", "noise_lr_scale": True},
+    "activations": {"method": "lsq_plus", "bits": 4},
+    "regularizers": {"damping": {"strength": 0.1, "schedule": "linear"}},
+    "oscillations": "freeze",
+    "freeze_above": 0.01,
+    "calibration_samples": 8,
+}
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+def test_twenty_learned_steps_are_ten_and_ten(tmp_path, optim):
+    """Weights, steps, offsets, what is known of oscillations, and the optimizer's state, to the bit."""
+
+    def trainer(folder, *callbacks):
+        torch.manual_seed(0)
+        options = {"save_strategy": "steps", "save_steps": 10, "max_steps": 20, "gradient_accumulation_steps": 2}
+        options |= {"optim": optim, "learning_rate": 0.01, "weight_decay": 0.01}
+        if optim == "sgd":
+            options["optim_args"] = "momentum=0.9"
+        return RobustTrainer(
+            model=resnet(), args=arguments(folder, **options), train_dataset=pictures(), robustq=LEARNED, sweep=(),
+            scale_lr=0.001, callbacks=list(callbacks),
+        )  # fmt: skip
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "parts", StopAt(13)).train()
+    resumed = trainer(tmp_path / "parts")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-10"))
+    ours, theirs = resumed.model.state_dict(), whole.model.state_dict()
+    assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+    assert any(name.endswith("quantizer.offset") for name in theirs)
+    states = [torch.load(tmp_path / run / "checkpoint-20" / "optimizer.pt") for run in ("whole", "parts")]
+    assert str(states[0]) == str(states[1]) and all(
+        torch.equal(value, states[1]["state"][index][key])
+        for index, state in states[0]["state"].items()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+    )
+    own = {id(p) for p in resumed.robustq.own_parameters().values()}
+    *_, group = resumed.optimizer.param_groups
+    assert {id(p) for p in group["params"]} == own and group["weight_decay"] == 0
+    assert group["initial_lr"] == 0.001 != resumed.optimizer.param_groups[0]["initial_lr"]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_noise_is_the_same_where_the_forward_is_run_again(tmp_path, reentrant):
+    """Gradient checkpointing runs each block twice: the same noise must come, or gradients belong to other weights."""
+    ends = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        kwargs = {"use_reentrant": reentrant}
+        args = arguments(
+            tmp_path, max_steps=4, activation_checkpointing=checkpointing, activation_checkpointing_kwargs=kwargs
+        )
+        config = {"weights": {"method": "noise", "bits": 2, "c": 0.4}, "calibration_samples": 8}
+        trainer = RobustTrainer(model=bert(), args=args, train_dataset=text(), robustq=config, sweep=())
+        trainer.train()
+        ends.append(weights(trainer.model))
+    assert same(*ends)
+
+
 def test_a_sweep_does_not_change_the_training(tmp_path):
     """With dropout, whose next draw depends on the global RNG."""
     ends = []

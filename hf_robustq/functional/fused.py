@@ -37,6 +37,8 @@ def fused(eager: Callable[..., Any], smallest: int = CACHED) -> Callable[..., An
 
     The first argument decides. Small tensors, a tracing compiler, and machines without a working
     compiler (noticed once, logged) use `eager` itself. `HF_ROBUSTQ_FUSED=0` switches compilation off.
+    A compiled kernel is not differentiated, and is given views stripped of their bases, by which the compiler
+    would tell apart shapes that are the same to it.
     """
     compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
     broken = os.environ.get("HF_ROBUSTQ_FUSED", "1") == "0"
@@ -51,7 +53,7 @@ def fused(eager: Callable[..., Any], smallest: int = CACHED) -> Callable[..., An
             own = types.FunctionType(eager.__code__.replace(), eager.__globals__, eager.__name__)
             compiled[key] = torch.compile(own, dynamic=True, fullgraph=True)
         try:
-            return compiled[key](x, *rest)
+            return compiled[key](*(one.data if isinstance(one, Tensor) else one for one in (x, *rest)))
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             broken = True
             reason = str(error).strip().splitlines()[0]

@@ -26,6 +26,11 @@ from hf_robustq.sharded import is_sharded, settle, whole_shape
 from hf_robustq.sites import LeftOut, Site, attach, bake, detach, find_sites, refuse_wrapped
 from hf_robustq.telemetry import FiniteWatch, mean_penalties, site_kurtosis, site_quantization
 
+NOT_LEARNING = (
+    "the optimizer does not train {}: build it after RobustQ, from plugin.parameter_groups(weight_decay), "
+    "or leave that to RobustTrainer"
+)
+
 
 class RobustQ:
     """Stages on the weights and activations of a model, as a config says.
@@ -67,6 +72,7 @@ class RobustQ:
         self.calibrated = False
         self._moment: Moment | None = None
         self._stepping = False
+        self._versions: dict[str, int] | None = None
         self._unsaved: list[tuple[nn.Module, str]] = []
         mark(self)
         self.before_wrapping()
@@ -203,6 +209,7 @@ class RobustQ:
             first = bool(GradientState().sync_gradients)
         if first:
             index = (self._moment.step + 1 if self._moment else 0) if index is None else index
+            self._check_learning()
             self.after_optimizer_step()
             self._stepping = True
             self._moment = Moment(
@@ -231,6 +238,26 @@ class RobustQ:
         if self._moment is not None:
             self._moment = replace(self._moment, micro_batch=self._moment.micro_batch + 1)
             self._at()
+
+    def _check_learning(self) -> None:
+        """At the second step: raise `RuntimeError` where the optimizer has changed a weight and not its steps."""
+        if self._versions is None:
+            self._versions = {name: p._version for name, p in self.model.named_parameters()}
+            return
+        if self._stepping and self._versions:
+            moved = {name for name, p in self.model.named_parameters() if p._version != self._versions.get(name)}
+            own = self.own_parameters()
+            still = [name for name in own if name not in moved]
+            if own and len(still) == len(own) and moved:
+                raise RuntimeError(NOT_LEARNING.format(still[0]))
+            self._versions = {}
+
+    def check_optimizer(self, optimizer: Any) -> None:
+        """Raise `RuntimeError` for an optimizer that trains weights of the model and not what the stages learn."""
+        known = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+        missing = [name for name, p in self.own_parameters().items() if id(p) not in known]
+        if missing and any(id(p) in known for p in self.model.parameters()):  # else it holds flat copies of them
+            raise RuntimeError(NOT_LEARNING.format(missing[0]))
 
     def after_optimizer_step(self) -> None:
         """Put what was learned back where it makes sense, and frozen weights on their levels.

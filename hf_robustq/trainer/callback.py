@@ -38,6 +38,7 @@ class RobustQCallback(TrainerCallback):
         if not self.plugin.calibrated:
             raise RuntimeError("call plugin.calibrate(batches, forward) before trainer.train(), or use RobustTrainer")
         self.plugin.agree()
+        self.plugin.check_optimizer(kwargs.get("optimizer"))
         self.plugin.watch.reset()
         own = {id(p) for p in self.plugin.own_parameters().values()}
         optimizer = kwargs.get("optimizer")
