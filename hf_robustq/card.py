@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import logging
 import platform
 from collections.abc import Mapping, Sequence
@@ -12,11 +13,13 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_robustq.sweep import Sweep
+from hf_robustq.sweep import Sweep, curves
 
 logger = logging.getLogger(__name__)
 
 PLOT_FILE = "robustq_curve.png"
+
+STYLES = ("-", ":", "-.", (0, (1, 3)))
 
 VERSIONS = ("hf_robustq", "torch", "transformers", "accelerate", "timm", "datasets")
 
@@ -47,9 +50,10 @@ def title(setting: str) -> str:
 
 
 def plot(sweeps: Mapping[str, Sweep], metric: str, path: str | Path) -> None:
-    """Metric against weight bits, a line for each named sweep, as PNG. The float value is the dashed line.
+    """Metric against weight bits as PNG: of each named sweep a line per kind of setting (weights only, `a4@learned`).
 
-    Raises `ImportError` without matplotlib (the `report` extra).
+    The float value is the dashed line, the bits the model was trained at the star. Raises `ImportError` without
+    matplotlib (the `report` extra).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -57,15 +61,24 @@ def plot(sweeps: Mapping[str, Sweep], metric: str, path: str | Path) -> None:
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    ticks: set[int] = set()
     for index, (label, sweep) in enumerate(sweeps.items()):
-        points = sorted((row.weights or 0, row.metrics[metric]) for row in sweep.rows if row.on_curve)
-        axes.plot([bits for bits, _ in points], [y for _, y in points], marker="o", color=f"C{index}", label=label)
-        floats = [row.metrics[metric] for row in sweep.rows if row.setting == "fp"]
-        if floats:
-            axes.axhline(floats[0], color=f"C{index}", linestyle="--", linewidth=1, label=f"{label}, float")
+        color = f"C{index}"
+        for style, (kind, points) in zip(itertools.cycle(STYLES), curves(sweep.rows, metric).items()):
+            name = f"{label}, {title(kind).strip(' /')}" if kind else label
+            axes.plot(*zip(*points, strict=True), marker="o", linestyle=style, color=color, label=name)
+            ticks.update(bits for bits, _ in points)
+        for row in sweep.rows:
+            if row.setting == "fp":
+                axes.axhline(row.metrics[metric], color=color, linestyle="--", linewidth=1, label=f"{label}, float")
+            if row.setting == "trained" and row.weights is not None:
+                axes.plot(
+                    [row.weights], [row.metrics[metric]], "*", markersize=14, color=color, label=f"{label}, trained"
+                )
+                ticks.add(row.weights)
     axes.set_xlabel("weight bits")
     axes.set_ylabel(metric)
-    axes.set_xticks(sorted({row.weights or 0 for sweep in sweeps.values() for row in sweep.rows if row.on_curve}))
+    axes.set_xticks(sorted(ticks))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -113,7 +126,7 @@ def write_card(
         "First and last layers as `first_last` below says; attention products and residual additions stay float.",
         "",
     ]
-    if any(row.on_curve for sweep in own.values() for row in sweep.rows):
+    if any(curves(sweep.rows, metric) for sweep in own.values()):
         try:
             plot(own, metric, folder / PLOT_FILE)
             lines += [f"![{metric} against weight bits]({PLOT_FILE})", ""]

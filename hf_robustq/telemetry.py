@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -66,6 +67,20 @@ def site_quantization(sites: Sequence[Site]) -> dict[str, dict[str, float]]:
     names = ("error", "step", "clipped", "largest", "oscillating")
     values = [torch.stack(row).tolist() for row in found.values()]
     return {site: dict(zip(names, row, strict=False)) for site, row in zip(found, values, strict=True)}
+
+
+def means(sites: Sequence[Site], regularized: Sequence[Site]) -> dict[str, float]:
+    """One figure for the model from each of the above: `RobustQ.metrics`."""
+    kurtoses = [value for value in site_kurtosis(regularized).values() if not math.isnan(value)]
+    mean = {"kurtosis": sum(kurtoses) / len(kurtoses)} if kurtoses else {}
+    quantized = site_quantization(sites).values()
+    if quantized:
+        for name, key in (("quantization_error", "error"), ("step", "step"), ("clipped", "clipped")):
+            mean[name] = sum(site[key] for site in quantized) / len(quantized)
+        if all("oscillating" in site for site in quantized):
+            mean["oscillating"] = sum(site["oscillating"] for site in quantized) / len(quantized)
+        mean["largest_weight"] = max(site["largest"] for site in quantized)
+    return {**mean, **mean_penalties(regularized)}
 
 
 class FiniteWatch:

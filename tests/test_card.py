@@ -4,7 +4,7 @@ import sys
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_robustq import RobustQConfig, Sweep
+from hf_robustq import RobustQConfig, Row, Sweep
 from hf_robustq.card import plot, table, title, write_card
 from tests.test_sweep import rows
 
@@ -68,3 +68,16 @@ def test_plot_without_a_float_row(tmp_path, sweeps):
     only = Sweep(rows=[row for row in sweeps[0].rows if row.setting != "fp"])
     plot({"one": only}, "accuracy", tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_the_plot_has_a_line_for_each_kind_of_setting_and_a_star_where_it_was_trained(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *_, **__: drawn.append(self.axes[0]))
+    trained = Row(setting="trained", weights=4, activations=4, metrics={"accuracy": 0.75}, samples=1)
+    measured = {"fp": 0.9, "w8a4@learned": 0.7, "w3a4@learned": 0.4, "w8a4": 0.6, "w3a4": 0.3}
+    plot({"net": Sweep(rows=[trained, *rows(**measured)])}, "accuracy", tmp_path / "plot.png")
+    lines = {line.get_label(): line for line in drawn[0].lines}
+    assert list(lines) == ["net, A4 learned", "net, A4", "net, trained", "net, float"]
+    assert lines["net, A4 learned"].get_xydata().tolist() == [[3, 0.4], [8, 0.7]]
+    assert lines["net, trained"].get_marker() == "*" and lines["net, trained"].get_xydata().tolist() == [[4, 0.75]]
+    assert list(drawn[0].get_xticks()) == [3, 4, 8]

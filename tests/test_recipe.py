@@ -17,10 +17,11 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes" / "configs"
 sys.path.insert(0, str(ROOT / "recipes"))
 
+import kure_qat  # noqa: E402
 import kure_resnet50  # noqa: E402
 import noise_lsq_resnet  # noqa: E402
 
-RECIPES = {"kure": kure_resnet50, "noise_lsq": noise_lsq_resnet}
+RECIPES = {"kure": kure_resnet50, "qat": kure_qat, "noise_lsq": noise_lsq_resnet}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -49,6 +50,28 @@ def test_imagenet_presets_are_the_papers(preset):
     assert recipe.lr_step_epochs == every and recipe.kure_strength == 1.0 and recipe.kure_target == 1.8
     assert args.optim == "sgd" and "momentum=0.9" in args.optim_args and args.weight_decay == 1e-4
     assert args.max_grad_norm == 0
+
+
+# method, bits of weights and inputs, batch size, epochs, learning rate, divide by 10 every n epochs (Tables 2 and 4)
+PAPER_QAT = {
+    "imagenet_dorefa44": ("resnet18", "dorefa", 4, 4, 256, 80, 1e-4, 30),
+    "imagenet_lsq66": ("resnet18", "lsq", 6, 6, 128, 60, 1e-3, 20),
+    "imagenet_lsq44": ("resnet18", "lsq", 4, 4, 128, 60, 1e-3, 20),
+    "imagenet_lsq68": ("resnet50", "lsq", 6, 8, 64, 50, 1e-3, 20),
+}
+
+
+@pytest.mark.parametrize("preset", PAPER_QAT)
+def test_presets_of_training_with_quantizers_are_the_papers(preset):
+    model, method, weights, inputs, batch, epochs, rate, every = PAPER_QAT[preset]
+    recipe, args = parse(kure_qat.RecipeArguments, CONFIGS, "qat", ["--preset", preset])
+    config = RobustQConfig.from_dict(kure_qat.quantizers(recipe))
+    assert (config.weights.method, config.weights.bits) == (method, weights) and config.first_last == "float"
+    assert (config.activations.method, config.activations.bits) == (method, inputs)
+    assert recipe.model_name_or_path == f"{model}.tv_in1k" and recipe.lr_step_epochs == every
+    assert (args.per_device_train_batch_size, args.num_train_epochs, args.learning_rate) == (batch, epochs, rate)
+    assert recipe.kure_strength == 1.0 and recipe.kure_target == 1.8 and args.weight_decay == 1e-4
+    assert f"w3a{inputs}@learned" in kure_qat.settings(recipe)
 
 
 def test_imagenet_alone_is_the_resnet50():
@@ -167,6 +190,22 @@ def test_the_noise_recipe_end_to_end_on_a_tiny_net(tmp_path):
     assert len(rows) == 2 and all(len(re.findall(r"\d+\.\d\d", row)) == 2 for row in rows)
     config = json.loads((tmp_path / "out" / "noise" / "config.json").read_text())["quantization_config"]
     assert config["weights"]["method"] == "noise" and config["weights"]["bits"] == 2
+
+
+@pytest.mark.parametrize("method", ["dorefa", "noise"])
+def test_the_recipe_of_training_with_quantizers_end_to_end_on_a_tiny_net(tmp_path, method):
+    small = ["--model_name_or_path", "test_resnet", "--max_steps", "3", "--eval_strategy", "no", "--output_dir", "out"]
+    flags = ["--method", method, "--activation_bits", "6", "--sweep_weight_bits", "8", "3"]
+    done = run(*small, *flags, "--pretrain_epochs", "1", cwd=tmp_path, recipe="kure_qat")
+    assert done.returncode == 0, done.stderr[-3000:]
+    head, *rows = [line for line in done.stdout.splitlines() if line.startswith(("| with", "|  |"))]
+    learned = ["FP", "trained", "W8/A6 learned", "W3/A6 learned"]
+    assert [c.strip() for c in head.split("|")[2:-1]] == learned + (["W8/A6", "W3/A6"] if method == "noise" else [])
+    assert len(rows) == 2 and all(len(re.findall(r"\d+\.\d\d", row)) == len(head.split("|")) - 3 for row in rows)
+    config = json.loads((tmp_path / "out" / "with_kure" / "config.json").read_text())["quantization_config"]
+    assert config["weights"]["method"] == method
+    assert config["activations"]["method"] == ("lsq" if method == "noise" else method)
+    assert config["regularizers"] and (tmp_path / "out" / "robustness.png").exists()
 
 
 def picture_folder(folder, size, rows=12):

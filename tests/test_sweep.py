@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from hf_robustq import RobustQ, Row, Setting, Sweep, robustness, sweep
+from hf_robustq.plugin.training import quantizers
 from hf_robustq.scales import Sample, absmax, mse
-from hf_robustq.sweep import chunked, load_sweeps, save_sweeps
+from hf_robustq.sweep import chunked, curves, load_sweeps, save_sweeps
 from tests.zoo import images, resnet, run
 
 
@@ -77,7 +78,7 @@ def test_learned_steps_at_other_bits_keep_their_clip_range(config, first_last):
         twin = RobustQ(copy.deepcopy(plugin).detach(), {**config, **other})
         twin.calibrate(batches, run)
         with torch.no_grad():
-            for mine, theirs in zip(twin._quantizers(), plugin._quantizers(), strict=True):
+            for mine, theirs in zip(quantizers(twin.sites), quantizers(plugin.sites), strict=True):
                 mine.scale.copy_(theirs.scale * float(theirs.high) / float(mine.high))
                 if hasattr(theirs, "offset"):
                     mine.offset.copy_(theirs.offset)
@@ -253,6 +254,15 @@ def rows(**accuracies):
         Row(setting=n, weights=s.weights, activations=s.activations, metrics={"accuracy": accuracies[n]}, samples=1)
         for n, s in parsed.items()
     ]
+
+
+def test_curves_are_by_what_the_settings_say_besides_the_weights_bits():
+    """A star (`trained`), the float row and a point alone are on none."""
+    measured = {"fp": 0.9, "w4": 0.7, "w8": 0.8, "w4a4@learned": 0.5, "w3a4@learned": 0.4, "w4@mse/channel": 0.6}
+    trained = Row(setting="trained", weights=4, activations=4, metrics={"accuracy": 0.55}, samples=1)
+    found = curves([*rows(**measured), trained], "accuracy")
+    assert found == {"": [(4, 0.7), (8, 0.8)], "a4@learned": [(3, 0.4), (4, 0.5)]}
+    assert not trained.on_curve
 
 
 def test_robustness_is_the_mean_height_of_the_curve():

@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from hf_robustq import (
 from hf_robustq.data import ImageDataset
 from hf_robustq.metrics import compute_accuracy
 from hf_robustq.sweep import load_sweeps
+from hf_robustq.trainer.mixin import check_section
 from tests.zoo import bert, gpt2, resnet, tokens
 
 KURE = RobustQConfig.from_dict({"regularizers": {"kure": {"strength": 2.0}}, "calibration_samples": 8})
@@ -192,6 +194,18 @@ def test_twenty_learned_steps_are_ten_and_ten(tmp_path, optim):
     *_, group = resumed.optimizer.param_groups
     assert {id(p) for p in group["params"]} == own and group["weight_decay"] == 0
     assert group["initial_lr"] == 0.001 != resumed.optimizer.param_groups[0]["initial_lr"]
+
+
+@pytest.mark.parametrize(("section", "scale_lr", "refused"), [
+    ({"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0.01}}, None, True),
+    ({"type": "AdamW", "params": {"lr": 0.1, "weight_decay": "auto"}}, None, True),
+    ({"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0}}, 0.01, True),
+    ({"type": "AdamW", "params": {"lr": 0.1, "weight_decay": 0}}, None, False),
+    (None, 0.01, False),
+])  # fmt: skip
+def test_an_optimizer_of_deepspeeds_config_that_would_decay_steps_is_refused(section, scale_lr, refused):
+    with pytest.raises(ValueError, match="take its `optimizer` section out") if refused else nullcontext():
+        check_section(section, scale_lr)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, Self, cast
+from typing import Any, Self
 
-from accelerate.state import GradientState
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,17 +17,11 @@ from hf_robustq.config import QuantizerConfig, RobustQConfig
 from hf_robustq.plugin.mark import PLUGIN, mark, refuse_quantized, unmark
 from hf_robustq.plugin.stages import activation_stages, float_input, weight_stages
 from hf_robustq.plugin.table import table
-from hf_robustq.quantizers import InputProbe, Moment, Oscillation, Quantizer
-from hf_robustq.regularizers import Regularizer
-from hf_robustq.schedules import SCHEDULES
+from hf_robustq.plugin.training import Training, carriers, own_parameters, quantizers
+from hf_robustq.quantizers import InputProbe, Quantizer
 from hf_robustq.sharded import is_sharded, settle, whole_shape
 from hf_robustq.sites import LeftOut, Site, attach, bake, detach, find_sites, refuse_wrapped
-from hf_robustq.telemetry import FiniteWatch, mean_penalties, site_kurtosis, site_quantization
-
-NOT_LEARNING = (
-    "the optimizer does not train {}: build it after RobustQ, from plugin.parameter_groups(weight_decay), "
-    "or leave that to RobustTrainer"
-)
+from hf_robustq.telemetry import FiniteWatch, means, site_quantization
 
 
 class RobustQ:
@@ -70,9 +62,7 @@ class RobustQ:
         self._attach()
         self.watch = FiniteWatch(model)
         self.calibrated = False
-        self._moment: Moment | None = None
-        self._stepping = False
-        self._versions: dict[str, int] | None = None
+        self._training = Training(self)
         self._unsaved: list[tuple[nn.Module, str]] = []
         mark(self)
         self.before_wrapping()
@@ -101,15 +91,6 @@ class RobustQ:
             for site in attached:
                 detach(site)
             raise
-
-    def _carriers(self, method: str) -> list[tuple[Site, Regularizer]]:
-        """The regularizer of each trainable weight, once where a weight is shared."""
-        found: dict[int, tuple[Site, Regularizer]] = {}
-        for site in self.sites:
-            stage = site.weight_stages._modules.get(method)
-            if isinstance(stage, Regularizer) and site.parameter.requires_grad:
-                found.setdefault(id(stage), (site, stage))
-        return list(found.values())
 
     # ---- before training -------------------------------------------------------------------------
 
@@ -153,7 +134,7 @@ class RobustQ:
         stages = list(calibration.stages(self.sites))
         tensors = (tensor for stage in stages for tensor in (*stage.buffers(), *stage.parameters()))
         distributed.broadcast(tensor for tensor in tensors if not is_sharded(tensor))
-        for quantizer in self._quantizers():
+        for quantizer in quantizers(self.sites):
             quantizer.restored()
 
     def before_wrapping(self) -> None:
@@ -205,94 +186,22 @@ class RobustQ:
         if not self.calibrated:
             raise RuntimeError("call plugin.calibrate(batches, forward) before the first step")
         self.after_wrapping()
-        if first is None:
-            first = bool(GradientState().sync_gradients)
-        if first:
-            index = (self._moment.step + 1 if self._moment else 0) if index is None else index
-            self._check_learning()
-            self.after_optimizer_step()
-            self._stepping = True
-            self._moment = Moment(
-                progress=progress, step=index, learning_rate=learning_rate, seed=self.config.seed
-            )  # fmt: skip
-            self._at()
-        else:
-            self._next_micro_batch()
-        for regularizer in self.config.regularizers:
-            carriers = self._carriers(regularizer.method)
-            factor = regularizer.strength * SCHEDULES[regularizer.schedule](progress) / len(carriers)
-            for site, stage in carriers:
-                stage.active = first and factor > 0
-                if stage.active:
-                    strength = factor / weight_probe(site).uses[0]
-                    stage.strength.copy_(strength if scaler is None else scaler.scale(strength))
+        self._training.step(progress, first, scaler, index, learning_rate)
 
     def end_micro_batch(self) -> None:
         """The following micro-batches of this optimizer step carry no penalty."""
-        for stage in calibration.stages(self.sites):
-            if isinstance(stage, Regularizer):
-                stage.active = False
-        self._next_micro_batch()
-
-    def _next_micro_batch(self) -> None:
-        if self._moment is not None:
-            self._moment = replace(self._moment, micro_batch=self._moment.micro_batch + 1)
-            self._at()
-
-    def _check_learning(self) -> None:
-        """At the second step: raise `RuntimeError` where the optimizer has changed a weight and not its steps."""
-        if self._versions is None:
-            self._versions = {name: p._version for name, p in self.model.named_parameters()}
-            return
-        if self._stepping and self._versions:
-            moved = {name for name, p in self.model.named_parameters() if p._version != self._versions.get(name)}
-            own = self.own_parameters()
-            still = [name for name in own if name not in moved]
-            if own and len(still) == len(own) and moved:
-                raise RuntimeError(NOT_LEARNING.format(still[0]))
-            self._versions = {}
-
-    def check_optimizer(self, optimizer: Any) -> None:
-        """Raise `RuntimeError` for an optimizer that trains weights of the model and not what the stages learn."""
-        known = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
-        missing = [name for name, p in self.own_parameters().items() if id(p) not in known]
-        if missing and any(id(p) in known for p in self.model.parameters()):  # else it holds flat copies of them
-            raise RuntimeError(NOT_LEARNING.format(missing[0]))
+        self._training.end_micro_batch()
 
     def after_optimizer_step(self) -> None:
         """Put what was learned back where it makes sense, and frozen weights on their levels.
 
         `step` calls it before the next optimizer step; the last one of a plain loop has to be followed by it.
         """
-        self._forget()
-        if not self._stepping:
-            return
-        self._stepping = False
-        for quantizer in self._quantizers():
-            quantizer.project()
-        for site in self.sites:
-            watcher = site.weight_stages._modules.get("oscillation")
-            if isinstance(watcher, Oscillation):
-                if is_sharded(site.parameter):
-                    raise ValueError("oscillations are watched in one process and under DDP only: set it to ignore")
-                watcher.update(site.parameter.data, cast(Quantizer, site.weight_stages._modules["quantizer"]))
+        self._training.after_optimizer_step()
 
-    def _forget(self) -> None:
-        """Weights have changed: nothing that was quantized holds. Under accumulation the next result is kept."""
-        keep = GradientState().num_steps > 1 and self.config.memory == "keep"
-        for site in self.sites:
-            quantizer = site.weight_stages._modules.get("quantizer")
-            if isinstance(quantizer, Quantizer):
-                quantizer.forget()
-                quantizer.keep = keep and not is_sharded(site.parameter)
-
-    def _at(self) -> None:
-        assert self._moment is not None
-        for quantizer in self._quantizers():
-            quantizer.at(self._moment)
-
-    def _quantizers(self) -> Iterator[Quantizer]:
-        return (stage for stage in calibration.stages(self.sites) if isinstance(stage, Quantizer))
+    def check_optimizer(self, optimizer: Any) -> None:
+        """Raise `RuntimeError` for an optimizer that trains weights of the model and not what the stages learn."""
+        self._training.check_optimizer(optimizer)
 
     def metrics(self) -> dict[str, float]:
         """Means over the weights: kurtosis, each penalty by its name, unscaled, and how they are quantized.
@@ -302,16 +211,7 @@ class RobustQ:
         oscillating          the share of weights that go back and forth between two levels, where that is watched
         largest_weight       max |w| of any
         """
-        kurtosis = [value for value in site_kurtosis(self.regularized).values() if not math.isnan(value)]
-        mean = {"kurtosis": sum(kurtosis) / len(kurtosis)} if kurtosis else {}
-        sites = self.telemetry().values()
-        if sites:
-            for name, key in (("quantization_error", "error"), ("step", "step"), ("clipped", "clipped")):
-                mean[name] = sum(site[key] for site in sites) / len(sites)
-            if all("oscillating" in site for site in sites):
-                mean["oscillating"] = sum(site["oscillating"] for site in sites) / len(sites)
-            mean["largest_weight"] = max(site["largest"] for site in sites)
-        return {**mean, **mean_penalties(self.regularized)}
+        return means(self.sites, self.regularized)
 
     def telemetry(self) -> dict[str, dict[str, float]]:
         """By weight, where it has a quantizer: {"error", "step", "clipped", "largest"} (see `metrics`)."""
@@ -320,13 +220,12 @@ class RobustQ:
     @property
     def regularized(self) -> list[Site]:
         """The sites a regularizer acts on; all sites where there is no regularizer."""
-        names = {site.name for r in self.config.regularizers for site, _ in self._carriers(r.method)}
+        names = {site.name for r in self.config.regularizers for site, _ in carriers(self.sites, r.method)}
         return [site for site in self.sites if not names or site.name in names]
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """What the stages learn (steps, offsets, bit-widths), by name in the model."""
-        own = {id(p) for stage in calibration.stages(self.sites) for p in stage.parameters()}
-        return {name: p for name, p in self.model.named_parameters() if id(p) in own}
+        return own_parameters(self.model, self.sites)
 
     def parameter_groups(self, weight_decay: float, scale_lr: float | None = None) -> list[dict[str, Any]]:
         """Groups for an optimizer: matrices and kernels decayed, vectors (biases, norms) not, learned steps not.
@@ -386,7 +285,7 @@ class RobustQ:
         """The quantizers it has, at other bits within their clip ranges; the edges' stay at 8, None changes nothing."""
         self.check_initialized()
         wanted = {"weight": weights, "input": activations}
-        for quantizer in self._quantizers():
+        for quantizer in quantizers(self.sites):
             bits = wanted[quantizer.role]
             if bits is not None and quantizer.site not in self.edges:
                 quantizer.change_bits(bits)
@@ -402,7 +301,7 @@ class RobustQ:
 
     def enable(self, on: bool) -> None:
         """Switch all quantizers on or off; off, a weight reads as the stored parameter."""
-        for quantizer in self._quantizers():
+        for quantizer in quantizers(self.sites):
             quantizer.enabled = on
 
     def restored(self) -> None:
@@ -417,11 +316,11 @@ class RobustQ:
                 except ValueError as error:
                     raise ValueError(f"{site.name}: {error}") from None
         used = all(bool(weight_probe(site).uses > 0) for site in self.sites)
-        self.calibrated = used and all(bool(quantizer.initialized) for quantizer in self._quantizers())
+        self.calibrated = used and all(bool(quantizer.initialized) for quantizer in quantizers(self.sites))
 
     def check_initialized(self) -> None:
         """Raise `RuntimeError` where a quantizer has no steps yet."""
-        for quantizer in self._quantizers():
+        for quantizer in quantizers(self.sites):
             if not bool(quantizer.initialized):
                 raise RuntimeError("the quantizers have no steps yet: call plugin.calibrate(batches, forward) first")
 

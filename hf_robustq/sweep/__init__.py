@@ -1,6 +1,6 @@
 """The sweep: one model under many quantizers, the data read once."""
 
-from hf_robustq.sweep.rows import Row, Sweep, load_sweeps, robustness, save_sweeps
+from hf_robustq.sweep.rows import Row, Sweep, curves, load_sweeps, robustness, save_sweeps
 from hf_robustq.sweep.run import Steps, chunked, quantized, sweep
 from hf_robustq.sweep.settings import DEFAULT_SETTINGS, Setting, parse_settings
 
@@ -11,6 +11,7 @@ __all__ = [
     "Steps",
     "Sweep",
     "chunked",
+    "curves",
     "load_sweeps",
     "parse_settings",
     "quantized",

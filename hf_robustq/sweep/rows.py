@@ -12,7 +12,7 @@ from typing import Any, Self
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a sweep: a setting and what was measured under it, on `samples` samples of `dataset`."""
+    """One line of a sweep: a setting, its bits, and what was measured under it, on `samples` samples of `dataset`."""
 
     setting: str
     weights: int | None
@@ -25,7 +25,7 @@ class Row:
     @property
     def on_curve(self) -> bool:
         """Whether the row is a point of the curve over weight bits: weights only, per tensor, by the default rule."""
-        return self.weights is not None and self.activations is None and "@" not in self.setting
+        return self.setting == f"w{self.weights}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,18 @@ def save_sweeps(sweeps: Sequence[Sweep], path: str | Path) -> None:
 
 def load_sweeps(path: str | Path) -> list[Sweep]:
     return [Sweep.from_dict(values) for values in json.loads(Path(path).read_text(encoding="utf-8"))]
+
+
+def curves(rows: Iterable[Row], metric: str) -> dict[str, list[tuple[int, float]]]:
+    """Metric against weight bits, by what the settings say besides ("": nothing; "a4@learned"); two points or more.
+
+    A model `trained` at some bits is on none of them.
+    """
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        if row.weights is not None and row.setting.startswith("w"):
+            found.setdefault(row.setting.removeprefix(f"w{row.weights}"), []).append((row.weights, row.metrics[metric]))
+    return {name: sorted(points) for name, points in found.items() if len(points) > 1}
 
 
 def robustness(rows: Iterable[Row], metric: str) -> float | None:

@@ -116,6 +116,9 @@ class RobustQMixin(_AnyTrainer):
         At the end, as before every checkpoint, the inputs are observed once more: what is saved has the statistics
         of its own weights.
         """
+        deepspeed = self.accelerator.state.deepspeed_plugin
+        if deepspeed is not None and self.robustq.own_parameters():
+            check_section(deepspeed.deepspeed_config.get("optimizer"), self.scale_lr)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
@@ -244,6 +247,20 @@ def group_apart(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parame
         group["params"] = [p for p in group["params"] if id(p) not in chosen]
     rate = {} if lr is None else {"lr": lr}
     optimizer.add_param_group({"params": list(parameters), "weight_decay": 0.0, **rate})
+
+
+def check_section(optimizer: Mapping[str, Any] | None, scale_lr: float | None) -> None:
+    """Raise `ValueError` for an optimizer in a DeepSpeed config that would treat learned steps like weights.
+
+    The Trainer gives such an optimizer all parameters in one group.
+    """
+    decay = (optimizer or {}).get("params", {}).get("weight_decay", 0.0)
+    if optimizer is not None and (scale_lr is not None or decay != 0):
+        raise ValueError(
+            "the optimizer of the DeepSpeed config has one group for all parameters, so learned steps would be decayed "
+            "and have no learning rate of their own: take its `optimizer` section out (TrainingArguments' `optim` is "
+            "sharded all the same), or set its weight_decay to 0 and leave scale_lr out"
+        )
 
 
 def training_settings(args: Any, lr_schedule: Mapping[str, Any] | None) -> dict[str, Any]:

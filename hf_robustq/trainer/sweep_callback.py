@@ -165,7 +165,10 @@ class BitWidthSweepCallback(TrainerCallback):
         for s in self.settings:
             values = measured[s.name]
             samples = int(values.pop(SAMPLES))
-            bits = {"weights": s.weights, "activations": s.activations}
+            bits: dict[str, Any] = {"weights": s.weights, "activations": s.activations}
+            if s.trained:
+                own = {"weights": plugin.config.weights, "activations": plugin.config.activations}
+                bits = {name: config and config.bits for name, config in own.items()}
             rows.append(Row(setting=s.name, **bits, metrics=values, samples=samples, dataset=prefix, subset=subset))
         return Sweep(rows=rows, epoch=trainer.state.epoch, step=trainer.state.global_step, context=context)
 

@@ -1,0 +1,134 @@
+"""The training of a staged model: what happens before, between and after micro-batches and optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
+
+from accelerate.state import GradientState
+from torch import nn
+
+from hf_robustq.calibrate import stages, weight_probe
+from hf_robustq.quantizers import Moment, Oscillation, Quantizer
+from hf_robustq.regularizers import Regularizer
+from hf_robustq.schedules import SCHEDULES
+from hf_robustq.sharded import is_sharded
+from hf_robustq.sites import Site
+
+if TYPE_CHECKING:
+    from hf_robustq.plugin.robustq import RobustQ
+
+NOT_LEARNING = (
+    "the optimizer does not train {}: build it after RobustQ, from plugin.parameter_groups(weight_decay), "
+    "or leave that to RobustTrainer"
+)
+
+
+def quantizers(sites: Sequence[Site]) -> Iterator[Quantizer]:
+    return (stage for stage in stages(sites) if isinstance(stage, Quantizer))
+
+
+def carriers(sites: Sequence[Site], method: str) -> list[tuple[Site, Regularizer]]:
+    """The regularizer of each trainable weight, once where a weight is shared."""
+    found: dict[int, tuple[Site, Regularizer]] = {}
+    for site in sites:
+        stage = site.weight_stages._modules.get(method)
+        if isinstance(stage, Regularizer) and site.parameter.requires_grad:
+            found.setdefault(id(stage), (site, stage))
+    return list(found.values())
+
+
+def own_parameters(model: nn.Module, sites: Sequence[Site]) -> dict[str, nn.Parameter]:
+    """What the stages learn, by name in the model."""
+    own = {id(p) for stage in stages(sites) for p in stage.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) in own}
+
+
+class Training:
+    """Where a run is, told to every stage. The methods are documented at `RobustQ`, which passes its calls on."""
+
+    def __init__(self, plugin: RobustQ) -> None:
+        self.plugin = plugin
+        self._moment: Moment | None = None
+        self._stepping = False
+        self._versions: dict[str, int] | None = None
+
+    def step(self, progress: float, first: bool | None, scaler: Any, index: int | None, learning_rate: float) -> None:
+        if first is None:
+            first = bool(GradientState().sync_gradients)
+        if first:
+            index = (self._moment.step + 1 if self._moment else 0) if index is None else index
+            self._check_learning()
+            self.after_optimizer_step()
+            self._stepping = True
+            seed = self.plugin.config.seed
+            self._moment = Moment(progress=progress, step=index, learning_rate=learning_rate, seed=seed)
+            self._at()
+        else:
+            self._next_micro_batch()
+        for regularizer in self.plugin.config.regularizers:
+            acting = carriers(self.plugin.sites, regularizer.method)
+            factor = regularizer.strength * SCHEDULES[regularizer.schedule](progress) / len(acting)
+            for site, stage in acting:
+                stage.active = first and factor > 0
+                if stage.active:
+                    strength = factor / weight_probe(site).uses[0]
+                    stage.strength.copy_(strength if scaler is None else scaler.scale(strength))
+
+    def end_micro_batch(self) -> None:
+        for stage in stages(self.plugin.sites):
+            if isinstance(stage, Regularizer):
+                stage.active = False
+        self._next_micro_batch()
+
+    def after_optimizer_step(self) -> None:
+        self._forget()
+        if not self._stepping:
+            return
+        self._stepping = False
+        for quantizer in quantizers(self.plugin.sites):
+            quantizer.project()
+        for site in self.plugin.sites:
+            watcher = site.weight_stages._modules.get("oscillation")
+            if isinstance(watcher, Oscillation):
+                if is_sharded(site.parameter):
+                    raise ValueError("oscillations are watched in one process and under DDP only: set it to ignore")
+                watcher.update(site.parameter.data, cast(Quantizer, site.weight_stages._modules["quantizer"]))
+
+    def check_optimizer(self, optimizer: Any) -> None:
+        known = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+        missing = [name for name, p in self.plugin.own_parameters().items() if id(p) not in known]
+        if missing and any(id(p) in known for p in self.plugin.model.parameters()):  # else it holds flat copies of them
+            raise RuntimeError(NOT_LEARNING.format(missing[0]))
+
+    def _check_learning(self) -> None:
+        """At the second step: raise `RuntimeError` where the optimizer has changed a weight and not its steps."""
+        if self._versions is None:
+            self._versions = {name: p._version for name, p in self.plugin.model.named_parameters()}
+            return
+        if self._stepping and self._versions:
+            moved = {name for name, p in self.plugin.model.named_parameters() if p._version != self._versions.get(name)}
+            own = self.plugin.own_parameters()
+            if own and moved and moved.isdisjoint(own):
+                raise RuntimeError(NOT_LEARNING.format(next(iter(own))))
+            self._versions = {}
+
+    def _next_micro_batch(self) -> None:
+        if self._moment is not None:
+            self._moment = replace(self._moment, micro_batch=self._moment.micro_batch + 1)
+            self._at()
+
+    def _at(self) -> None:
+        assert self._moment is not None
+        for quantizer in quantizers(self.plugin.sites):
+            quantizer.at(self._moment)
+
+    def _forget(self) -> None:
+        """Weights have changed: nothing that was quantized holds. Under accumulation the next result is kept."""
+        keep = GradientState().num_steps > 1 and self.plugin.config.memory == "keep"
+        for site in self.plugin.sites:
+            quantizer = site.weight_stages._modules.get("quantizer")
+            if isinstance(quantizer, Quantizer):
+                quantizer.forget()
+                quantizer.keep = keep and not is_sharded(site.parameter)
