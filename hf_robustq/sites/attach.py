@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,10 @@ def staged_class(cls: type[nn.Module], tensor: str) -> type[nn.Module]:
         except AttributeError as error:  # nn.Module.__getattr__ would go on and return the raw parameter
             raise RuntimeError(f"a stage of {tensor} failed: {error}") from error
         reads: list[Rebuilt] | None = self.__dict__.get("_reads")
-        if reads is not None and value is not stored:
-            reads.append(Rebuilt(value, lambda: getattr(self, tensor)))
+        if reads is not None:
+            reads.append(Rebuilt(stored.detach(), lambda: cast(Tensor, self._parameters[tensor]).detach()))
+            if value is not stored:
+                reads.append(Rebuilt(value, lambda: getattr(self, tensor)))
         return value
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

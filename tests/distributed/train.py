@@ -65,6 +65,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plain", action="store_true", help="without the plugin")
     parser.add_argument("--stock", action="store_true", help="a stock Trainer with the callback")
     parser.add_argument("--learned", action="store_true", help="learned steps, noise, and a learning rate for them")
+    parser.add_argument("--memory", default="keep", help="of the config")
+    parser.add_argument("--count", action="store_true", help="bytes that a step keeps for its backward")
     parser.add_argument("--disagree", action="store_true", help="another config on the last rank")
     return parser.parse_args()
 
@@ -88,6 +90,40 @@ class Collectives(TrainerCallback):
         events = self.profile.events() if self.profile else ()
         names = [event.name for event in events if event.name.startswith("c10d::")]
         return {name: names.count(name) for name in sorted(set(names))}
+
+
+class Kept(TrainerCallback):
+    """Bytes of the distinct storages that the second step's forward leaves for its backward.
+
+    Counted where the forward ends: a parameter that FSDP2 gathered for it has given its storage back by then.
+    """
+
+    def __init__(self, model):
+        self.saved, self.bytes, self.hooks = [], None, None
+        model.register_forward_hook(self.count)
+        attaching = sys.modules["hf_robustq.sites.attach"]
+        pack = attaching._pack
+
+        def counting_pack(reads, saved):  # of nested hooks only the inner ones are called
+            packed = pack(reads, saved)
+            return self.keep(packed) if isinstance(packed, torch.Tensor) else packed
+
+        attaching._pack = counting_pack
+
+    def keep(self, tensor):
+        self.saved.append(tensor)
+        return tensor
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor)
+            self.hooks.__enter__()
+
+    def count(self, *_):
+        if self.hooks is not None:
+            self.hooks.__exit__(None, None, None)
+            storages = {s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in self.saved)}
+            self.saved, self.hooks, self.bytes = [], None, sum(storages.values())
 
 
 class Watch(TrainerCallback):
@@ -158,7 +194,7 @@ def main(options: argparse.Namespace) -> None:
             assert all(parameter.numel() == 0 for parameter in model.parameters())
     config = {**CONFIG, "weights": {"bits": 4 if options.disagree and rank == processes - 1 else 8}}
     if options.learned:
-        config = LEARNED
+        config = {**LEARNED, "memory": options.memory}
     stock = options.plain or options.stock
     robust = {} if stock else {"sweep": SETTINGS, "scale_lr": 0.01 if options.learned else None}
     if not stock and not staged:
@@ -173,8 +209,11 @@ def main(options: argparse.Namespace) -> None:
     trainer.add_callback(watch)
     collectives = Collectives()
     trainer.add_callback(collectives)
+    kept = Kept(model) if options.count else None
+    if kept:
+        trainer.add_callback(kept)
     trainer.train(resume_from_checkpoint=options.resume)
-    result = {"collectives": collectives.counts()}
+    result = {"collectives": collectives.counts(), "kept": kept and kept.bytes}
     if not stock:
         result["rows"] = [row for sweep in trainer.sweep_callback.sweeps for row in sweep.to_dict()["rows"]]
         keys = ("kurtosis", "kure", "loss")
@@ -186,6 +225,7 @@ def main(options: argparse.Namespace) -> None:
     (out / f"rank{rank}.json").write_text(json.dumps(result))
     if rank == 0:
         torch.save({"begin": watch.logits, "end": end, "learned": watch.learned}, out / "logits.pt")
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
