@@ -3,7 +3,7 @@
     python benchmarks/qat_step.py
     python benchmarks/qat_step.py --cases resnet18 --dtypes float32 --compile --threads 2 --output step
 
-A step is the forward, the backward and SGD. Contenders take turns, one step each, and every step is divided by the
+A step is the forward, the backward, SGD, and what ours adds before and after. Contenders take turns, one step each, and every step is divided by the
 float step of the same turn: the table has the median of these ratios, the time to the end of the second step
 (warm-up, compilation included) and memory (parameters, momentum, and the distinct storages that autograd keeps for
 the backward; on a GPU the allocator's peak), as a ratio to the float model's. `float again` says how far noise goes.
@@ -236,13 +236,21 @@ class Step:
         self.device = batch["labels"].device.type
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(self.parameters, lr=1e-4, momentum=0.9)
+        try:
+            self.plugin = RobustQ.of(model)
+        except ValueError:
+            self.plugin = None
         self.model: Any = torch.compile(model.train()) if compiled else model.train()
 
     def __call__(self) -> float:
         self.synchronize()
         start = time.perf_counter()
+        if self.plugin is not None:
+            self.plugin.step(0.5, first=True)
         self.loss().backward()
         self.optimizer.step()
+        if self.plugin is not None:
+            self.plugin.after_optimizer_step()
         self.optimizer.zero_grad()
         self.synchronize()
         return time.perf_counter() - start

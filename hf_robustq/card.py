@@ -122,7 +122,8 @@ def write_card(
         "",
         " ".join(measured_on(sweep) for sweep in own.values()),
         "W is the bits of the weights, A of the activations, sign included; FP is unquantized. Weights take the "
-        "symmetric grid of 2^b - 1 levels, activations 2^b levels, signed where calibration saw a negative value. "
+        "symmetric grid of 2^b - 1 levels, activations 2^b levels, signed where calibration saw a negative value; in "
+        "`trained` and `learned` columns both take those of the model's own quantizers. "
         "First and last layers as `first_last` below says; attention products and residual additions stay float.",
         "",
     ]

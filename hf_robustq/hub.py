@@ -195,6 +195,8 @@ def from_pretrained(
                 "or save it from a calibrated RobustQ"
             ) from None
         plugin = RobustQ(model, {})
+    if bits != "trained" and not learned:
+        plugin.warn_reshaped([f"bits={bits}"])
     if learned:
         if plugin.config.activations is not None and activations is None and trainable:
             raise ValueError(

@@ -95,7 +95,7 @@ class ImageRun:
             eval_dataset=self.evaluation,
             calibration_dataset=self.train.evaluation(),
             compute_metrics=compute_accuracy,
-            robustq=RobustQConfig.from_dict(config),
+            robustq=RobustQConfig.from_dict({"seed": args.seed, **config}),
             **options,
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) if self.recipe.resume else None)

@@ -27,7 +27,23 @@ def cosine(progress: float) -> float:
     return (1.0 - math.cos(math.pi * progress)) / 2.0
 
 
-SCHEDULES: dict[str, Schedule] = {"constant": constant, "linear": linear, "cosine": cosine}
+def linear_decay(progress: float) -> float:
+    """1 at the start, 0 at the end."""
+    return 1.0 - linear(progress)
+
+
+def cosine_decay(progress: float) -> float:
+    """1 at the start, 0 at the end, flat at both."""
+    return 1.0 - cosine(progress)
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "linear_decay": linear_decay,
+    "cosine_decay": cosine_decay,
+}
 
 
 def step_decay(epoch: float, epochs: float, every: int = 30, factor: float = 0.1) -> float:  # noqa: ARG001

@@ -44,6 +44,19 @@ def settle(model: nn.Module) -> None:
 
 
 @torch.no_grad()
+def clamp_local(tensor: Tensor, low: float) -> None:
+    """Clamp the values from below, in the pieces this rank holds and in DeepSpeed's float32 master of them."""
+    held = getattr(tensor, "ds_tensor", tensor)
+    held.data.clamp_(min=low)
+    if hasattr(tensor, "_z3_optimizer"):
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+
+        safe_set_local_fp32_param(tensor, safe_get_local_fp32_param(tensor).clamp(min=low))
+    elif (mapping := getattr(tensor, "_hp_mapping", None)) is not None:
+        mapping.hp_fragment.clamp_(min=low)
+
+
+@torch.no_grad()
 def assign(tensor: Tensor, values: Tensor) -> None:
     """Write whole `values` into a tensor, in place; into its pieces where it is sharded, rank 0's values then.
 

@@ -6,8 +6,8 @@ Without arguments: a timm ResNet-18 on scikit-learn's handwritten digits, LSQ at
     accelerate launch recipes/kure_qat.py --method dorefa --model_name_or_path <name> --dataset_name <hub id or folder>
     accelerate launch recipes/kure_qat.py --preset imagenet_lsq44 --dataset_name <hub id or folder>
 
-The curves keep the trained activation quantizers and take the weights to other bits, within the clip range they
-were trained to (`w3a4@learned`) and with steps of least error (`w3a4`); the star is the trained model.
+The curves take the weights to other bits: within the clip range they were trained to, beside the trained activation
+quantizers (`w3a4@learned`), and both with steps of least error (`w3a4`). The star is the trained model.
 Every TrainingArguments flag works, and wins over the preset's.
 """
 
@@ -48,9 +48,10 @@ def quantizers(recipe: RecipeArguments) -> dict[str, Any]:
 
 def settings(recipe: RecipeArguments) -> list[str]:
     """The sweep: the trained model, and its weights at other bits by both rules."""
-    rules = ("@learned",) if recipe.method == "dorefa" else ("@learned", "")  # DoReFa's weights are under a tanh
+    reshaped = recipe.method == "dorefa"  # the network's weights are under a tanh, the stored ones are not
+    rules = ("@learned",) if reshaped else ("@learned", "")
     others = [f"w{bits}a{recipe.activation_bits}{rule}" for rule in rules for bits in recipe.sweep_weight_bits]
-    return recipe.sweep or ["fp", "trained", *others]
+    return recipe.sweep or [*([] if reshaped else ["fp"]), "trained", *others]
 
 
 def main() -> None:

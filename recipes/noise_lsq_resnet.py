@@ -29,6 +29,8 @@ class RecipeArguments(ImageArguments):
     c: float = field(default=0.2, metadata={"help": "strength of the noise"})
     k: float = field(default=50.0, metadata={"help": "its decay with the quantization error"})
     k_relative: bool = field(default=False, metadata={"help": "k counts in steps"})
+    c_schedule: str = field(default="constant", metadata={"help": "of c: constant, linear_decay, cosine_decay, ..."})
+    noise_lr_scale: bool = field(default=False, metadata={"help": "c follows the learning rate"})
     noise_activations: bool = field(default=False, metadata={"help": "noise on the inputs too"})
     scale_lr: float | None = field(default=None, metadata={"help": "learning rate of the steps; default: the weights'"})
     cosine_step_epochs: int | None = field(
@@ -39,6 +41,7 @@ class RecipeArguments(ImageArguments):
 def quantizers(recipe: RecipeArguments, variant: str) -> dict[str, Any]:
     """The plugin's config of one variant."""
     noise = {"method": "noise", "c": recipe.c, "k": recipe.k, "k_relative": recipe.k_relative}
+    noise |= {"schedule": recipe.c_schedule, "noise_lr_scale": recipe.noise_lr_scale}
     lsq = {"method": "lsq"}
     weights = {**(noise if variant == "noise" else lsq), "bits": recipe.weight_bits, "per_channel": recipe.per_channel}
     first_last = int(recipe.first_last) if recipe.first_last.isdigit() else recipe.first_last

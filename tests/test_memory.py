@@ -76,6 +76,77 @@ def test_recomputing_changes_no_gradient(name):
         torch.testing.assert_close(gradient_made, gradient_kept, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_recomputing_outside_the_forwards_autocast(dtype):
+    gradients = []
+    for memory in ("keep", "recompute"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+        x = torch.randn(4, 3, 8, 8)
+        plugin = RobustQ(model, {**W4A4, "memory": memory, "first_last": "same"})
+        plugin.calibrate([x], lambda model, x: model(x))
+        with torch.autocast("cpu", dtype):
+            loss = model(x).float().pow(2).sum()
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for kept, made in zip(*gradients, strict=True):
+        torch.testing.assert_close(made, kept)
+
+
+@pytest.mark.parametrize("what", ["input", "weight"])
+def test_recomputing_from_what_has_changed_is_an_error(what):
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    plugin = RobustQ(model, {**W4A4, "memory": "recompute", "first_last": "same"})
+    x = torch.randn(3, 6)
+    plugin.calibrate([x], lambda model, x: model(x))
+    loss = model(x).sum()
+    with torch.no_grad():
+        (x if what == "input" else dict(model.named_parameters())["1.weight"]).mul_(2)
+    with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_weight_that_was_changed_meanwhile_is_quantized_anew():
+    """By a second pass of an optimizer that looks ahead, say."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    plugin = RobustQ(model, {"weights": {"method": "lsq", "bits": 4}, "first_last": "same"})
+    x = torch.randn(3, 6)
+    plugin.calibrate([x], lambda model, x: model(x))
+    plugin.step(0.0, first=True, accumulating=True)
+    before = model(x)
+    assert torch.equal(model(x), before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.neg_()
+    changed = model(x)
+    expected = model.eval()(x)
+    assert torch.equal(changed, expected) and not torch.equal(changed, before)
+
+
+def test_the_trainer_quantizes_weights_once_for_all_micro_batches(monkeypatch, tmp_path):
+    from transformers import TrainerCallback
+
+    from hf_robustq import RobustTrainer
+    from hf_robustq.functional import quantize as kernels
+    from tests.test_trainer import arguments, resnet
+    from tests.test_trainer import pictures as rows
+
+    calls, forward = [], kernels._forward
+    monkeypatch.setattr(kernels, "_forward", lambda x, *rest: calls.append(x.numel()) or forward(x, *rest))
+    args = arguments(tmp_path, gradient_accumulation_steps=3, max_steps=2, eval_strategy="no", logging_strategy="no")
+    config = {"weights": {"method": "lsq", "bits": 4}, "first_last": "same", "calibration_samples": 8}
+    trainer = RobustTrainer(model=resnet(), args=args, train_dataset=rows(), robustq=config, sweep=())
+    counts = []
+
+    class Count(TrainerCallback):
+        def on_train_end(self, *_, **__):
+            counts.append(len(calls))
+
+    trainer.add_callback(Count())
+    trainer.train()
+    assert counts == [2 * len(trainer.robustq.sites)]
+
+
 @pytest.mark.parametrize("memory", ["keep", "recompute"])
 def test_weights_are_quantized_once_for_all_micro_batches(monkeypatch, memory):
     from accelerate import Accelerator

@@ -308,9 +308,10 @@ def test_the_stages_tensors_are_not_sent_at_every_forward_and_the_users_own_choi
     assert "0.bias" in names and {name for name, _ in model.named_buffers()} <= set(names)
 
 
+@pytest.mark.parametrize("after", [True, False])
 @pytest.mark.parametrize("early", [True, False])
-def test_an_optimizer_built_before_the_quantizers_is_an_error(early):
-    """In a plain loop at the second step, which is the first to show it."""
+def test_an_optimizer_built_before_the_quantizers_is_an_error(early, after):
+    """In a plain loop after the first step, by whichever call comes first."""
     model = mlp()
     before = torch.optim.AdamW(model.parameters(), lr=1e-3)
     plugin = RobustQ(model, {"weights": {"method": "lsq", "bits": 4}, "first_last": "same"})
@@ -323,6 +324,8 @@ def test_an_optimizer_built_before_the_quantizers_is_an_error(early):
             model(torch.randn(2, 6)).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
+            if after:
+                plugin.after_optimizer_step()
 
     if early:
         with pytest.raises(RuntimeError, match=r"does not train .*quantizer\.scale: build it after RobustQ"):

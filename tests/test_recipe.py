@@ -138,7 +138,16 @@ def test_noise_presets_are_those_of_the_appendix(preset, rates):
     """Appendix A.3: weights only, all layers, 0.01; on ImageNet a cosine and a tenth every 50 of 200 epochs."""
     recipe, args = parse(noise_lsq_resnet.RecipeArguments, CONFIGS, "noise_lsq", ["--preset", preset])
     assert noise_lsq_resnet.quantizers(recipe, "noise") == {
-        "weights": {"method": "noise", "c": 0.2, "k": 50.0, "k_relative": False, "bits": 2, "per_channel": False},
+        "weights": {
+            "method": "noise",
+            "c": 0.2,
+            "k": 50.0,
+            "k_relative": False,
+            "schedule": "constant",
+            "noise_lr_scale": False,
+            "bits": 2,
+            "per_channel": False,
+        },
         "first_last": "same",
     }
     assert args.learning_rate == 0.01 and args.weight_decay == 1e-4 and args.optim == "sgd"
@@ -199,8 +208,9 @@ def test_the_recipe_of_training_with_quantizers_end_to_end_on_a_tiny_net(tmp_pat
     done = run(*small, *flags, "--pretrain_epochs", "1", cwd=tmp_path, recipe="kure_qat")
     assert done.returncode == 0, done.stderr[-3000:]
     head, *rows = [line for line in done.stdout.splitlines() if line.startswith(("| with", "|  |"))]
-    learned = ["FP", "trained", "W8/A6 learned", "W3/A6 learned"]
-    assert [c.strip() for c in head.split("|")[2:-1]] == learned + (["W8/A6", "W3/A6"] if method == "noise" else [])
+    learned, others = ["trained", "W8/A6 learned", "W3/A6 learned"], ["W8/A6", "W3/A6"]
+    columns = [column.strip() for column in head.split("|")[2:-1]]
+    assert columns == (["FP", *learned, *others] if method == "noise" else learned)
     assert len(rows) == 2 and all(len(re.findall(r"\d+\.\d\d", row)) == len(head.split("|")) - 3 for row in rows)
     config = json.loads((tmp_path / "out" / "with_kure" / "config.json").read_text())["quantization_config"]
     assert config["weights"]["method"] == method

@@ -7,8 +7,11 @@ from hf_robustq.schedules import LR_SCHEDULES, SCHEDULES, cosine_steps, step_dec
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_schedules_stay_in_range_and_end_at_one(name):
+def test_schedules_stay_in_range_and_rise_to_one_or_fall_from_it(name):
     values = [SCHEDULES[name](i / 100) for i in range(101)]
+    if name.endswith("_decay"):
+        values.reverse()
+        assert values[0] == 0.0
     assert all(0 <= value <= 1 for value in values) and values[-1] == pytest.approx(1.0)
     assert values == sorted(values)
 

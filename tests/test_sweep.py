@@ -79,11 +79,22 @@ def test_learned_steps_at_other_bits_keep_their_clip_range(config, first_last):
         twin.calibrate(batches, run)
         with torch.no_grad():
             for mine, theirs in zip(quantizers(twin.sites), quantizers(plugin.sites), strict=True):
-                mine.scale.copy_(theirs.scale * float(theirs.high) / float(mine.high))
+                end = "low" if float(theirs.low) else "high"
+                mine.scale.copy_(theirs.scale * (float(getattr(theirs, end)) / float(getattr(mine, end))))
                 if hasattr(theirs, "offset"):
                     mine.offset.copy_(theirs.offset)
         expected = sweep(twin, batches, predict, mean_logit, ["trained"])["trained"]
         assert rows[name]["mean"] == pytest.approx(expected["mean"], rel=1e-5)
+
+
+def test_a_reshaped_weight_read_without_its_quantizer_is_warned_of(caplog):
+    model, batches = model_and_batches()
+    plugin = RobustQ(model, {"weights": {"method": "dorefa", "bits": 4}})
+    plugin.calibrate(batches, run)
+    sweep(plugin, batches, predict, mean_logit, ["trained", "w3@learned"])
+    assert not caplog.records
+    sweep(plugin, batches, predict, mean_logit, ["fp", "trained", "w3"])
+    assert "fp, w3: the network was trained on weights that its quantizers reshape" in caplog.text
 
 
 def test_learned_needs_learned_steps():

@@ -60,6 +60,7 @@ def fused(eager: Callable[..., Any], smallest: int = CACHED) -> Callable[..., An
             logger.warning("No fused kernel for %s, using the eager one: %s", eager.__name__, reason)
             return eager(x, *rest)
 
+    call.compiled = compiled  # type: ignore[attr-defined]
     return call
 
 

@@ -15,12 +15,14 @@ class Noise(NamedTuple):
 
     c, k      0-dim float32; `relative`: k counts in steps, exp(-k * e / s)
     key       0-dim int64 in [0, 2^63): what eps is a function of, besides the position
+    moved     x is [n, positions, channels] in memory, and its elements count as those of [n, channels, positions]
     """
 
     c: Tensor
     k: Tensor
     key: Tensor
     relative: bool = False
+    moved: bool = False
 
 
 def _mix(h: Tensor) -> Tensor:
@@ -30,9 +32,20 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ (h >> 15)
 
 
-def normal(count: int, key: Tensor) -> Tensor:
-    """[count] standard normal values: the i-th is a function of (key, i), by hashing and Box-Muller."""
-    i = torch.arange(count, device=key.device)
+def normal(x: Tensor, key: Tensor, moved: bool = False) -> Tensor:
+    """Standard normal values in the shape of `x`: the i-th is a function of (key, i), by hashing and Box-Muller.
+
+    i counts the elements of a contiguous `x`; `moved`: of `x` with its last two of three dimensions exchanged.
+    """
+
+    def count(size: int) -> Tensor:
+        return torch.arange(size, device=key.device)
+
+    if moved:
+        n, positions, channels = x.shape
+        i = (count(n)[:, None, None] * channels + count(channels)) * positions + count(positions)[:, None]
+    else:
+        i = count(x.numel()).view(x.shape)
     radius = _mix(i ^ (key & WORD))
     angle = _mix(radius ^ (key >> 32))
     u = ((radius >> 8) + 1).float() * 2.0**-24  # (0, 1]

@@ -43,7 +43,7 @@ def _forward(
     if noise is not None:
         error = (value - x).abs()
         decay = torch.exp(-noise.k * (error / step if noise.relative else error))
-        value = value + noise.c * decay * error.sqrt() * normal(x.numel(), noise.key).view(x.shape)
+        value = value + noise.c * decay * error.sqrt() * normal(x, noise.key, noise.moved)
     return value.to(dtype)
 
 
@@ -82,8 +82,9 @@ def _unblock(blocks: Tensor, shape: torch.Size, order: list[int]) -> Tensor:
     return blocks.view([shape[i] for i in order]).permute(inverse)
 
 
-def _broadcast(values: Tensor, axis: int | None) -> Tensor:
-    return values if axis is None else values.reshape(-1, 1)
+def _along(axis: int | None) -> list[int]:
+    """The shape in which steps broadcast over the blocks."""
+    return [-1] if axis is None else [-1, 1]
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -108,17 +109,22 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.axis, ctx.count, ctx.learned = axis, count, learned
         if known is not None:
             return known.detach()
-        order = memory_order(x) if noise is None else list(range(x.dim()))  # positions do not depend on strides
-        steps = _broadcast(scale.to(working_dtype(x)), axis)
-        offsets = None if offset is None else _broadcast(offset.to(steps.dtype), axis)
-        return _unblock(_forward(_blocks(x, order, axis), steps, offsets, low, high, dtype, noise), x.shape, order)
+        order = memory_order(x)
+        blocks, along = _blocks(x, order, axis), _along(axis)
+        if noise is not None and order[-1] == 1 < x.dim() - 1:  # what is drawn must not depend on the strides
+            noise = noise._replace(moved=True)
+            blocks = x.permute(order).reshape(x.size(0), -1, x.size(1))
+            along = {None: [-1], 0: [-1, 1, 1], 1: [1, 1, -1]}[axis]
+        steps = scale.to(working_dtype(x)).reshape(along)
+        offsets = None if offset is None else offset.to(steps.dtype).reshape(along)
+        return _unblock(_forward(blocks, steps, offsets, low, high, dtype, noise), x.shape, order)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, scale, offset, low, high = ctx.saved_tensors
         axis, order = ctx.axis, memory_order(x)
-        steps = _broadcast(scale.to(working_dtype(x)), axis)
-        offsets = None if offset is None else _broadcast(offset.to(steps.dtype), axis)
+        steps = scale.to(working_dtype(x)).reshape(_along(axis))
+        offsets = None if offset is None else offset.to(steps.dtype).reshape(_along(axis))
         blocks = _blocks(x, order, axis), _blocks(grad_output, order, axis)
         of_x, of_scale, of_offset = _backward(*blocks, steps, offsets, low, high, ctx.learned)
         if of_scale is not None:

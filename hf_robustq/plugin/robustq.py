@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Self
@@ -22,6 +23,8 @@ from hf_robustq.quantizers import InputProbe, Quantizer
 from hf_robustq.sharded import is_sharded, settle, whole_shape
 from hf_robustq.sites import LeftOut, Site, attach, bake, detach, find_sites, refuse_wrapped
 from hf_robustq.telemetry import FiniteWatch, means, site_quantization
+
+logger = logging.getLogger(__name__)
 
 
 class RobustQ:
@@ -173,6 +176,7 @@ class RobustQ:
         scaler: Any = None,
         index: int | None = None,
         learning_rate: float = 1.0,
+        accumulating: bool | None = None,
     ) -> None:
         """Call before the forward of every micro-batch, outside `accelerator.accumulate`.
 
@@ -182,11 +186,13 @@ class RobustQ:
         scaler         the fp16 gradient scaler, where there is one (`accelerator.scaler`)
         index          optimizer steps done, which noise is drawn by; default: counted from 0, so say it on resuming
         learning_rate  now, divided by its value at the start; for `noise_lr_scale`
+        accumulating   whether an optimizer step has several micro-batches: then weights are quantized once for all
+                       (without noise, and where no rank holds a part only); default: what Accelerate says
         """
         if not self.calibrated:
             raise RuntimeError("call plugin.calibrate(batches, forward) before the first step")
         self.after_wrapping()
-        self._training.step(progress, first, scaler, index, learning_rate)
+        self._training.step(progress, first, scaler, index, learning_rate, accumulating)
 
     def end_micro_batch(self) -> None:
         """The following micro-batches of this optimizer step carry no penalty."""
@@ -219,9 +225,9 @@ class RobustQ:
 
     @property
     def regularized(self) -> list[Site]:
-        """The sites a regularizer acts on; all sites where there is no regularizer."""
+        """The sites a regularizer acts on, or where there is none would act on."""
         names = {site.name for r in self.config.regularizers for site, _ in carriers(self.sites, r.method)}
-        return [site for site in self.sites if not names or site.name in names]
+        return [site for site in self.sites if (site.name in names if names else site.name not in self.edges)]
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """What the stages learn (steps, offsets, bit-widths), by name in the model."""
@@ -298,6 +304,21 @@ class RobustQ:
                 changes[name] = replace(own, bits=bits)
         self.config = replace(self.config, **changes)
         mark(self)
+
+    @property
+    def reshaped(self) -> bool:
+        """Whether the weights' quantizers do more than round (DoReFa): then the network's weights are not the stored."""
+        weights = (site.weight_stages._modules.get("quantizer") for site in self.sites)
+        return any(isinstance(quantizer, Quantizer) and not quantizer.uniform for quantizer in weights)
+
+    def warn_reshaped(self, readings: Sequence[str]) -> None:
+        """Warn where stored weights are about to be read without the quantizers that reshape them."""
+        if readings and self.reshaped:
+            logger.warning(
+                "%s: the network was trained on weights that its quantizers reshape (DoReFa's tanh); the stored ones, "
+                "read without them, are expected to fail: w4@learned, say, keeps the quantizers",
+                ", ".join(readings),
+            )
 
     def enable(self, on: bool) -> None:
         """Switch all quantizers on or off; off, a weight reads as the stored parameter."""

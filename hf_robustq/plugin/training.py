@@ -52,16 +52,26 @@ class Training:
         self.plugin = plugin
         self._moment: Moment | None = None
         self._stepping = False
-        self._versions: dict[str, int] | None = None
+        self._versions: dict[str, int] | None = {}
 
-    def step(self, progress: float, first: bool | None, scaler: Any, index: int | None, learning_rate: float) -> None:
+    def step(
+        self,
+        progress: float,
+        first: bool | None,
+        scaler: Any,
+        index: int | None,
+        learning_rate: float,
+        accumulating: bool | None,
+    ) -> None:
         if first is None:
             first = bool(GradientState().sync_gradients)
         if first:
             index = (self._moment.step + 1 if self._moment else 0) if index is None else index
-            self._check_learning()
             self.after_optimizer_step()
+            if self._versions is not None:
+                self._versions = {name: p._version for name, p in self.plugin.model.named_parameters()}
             self._stepping = True
+            self._keep(GradientState().num_steps > 1 if accumulating is None else accumulating)
             seed = self.plugin.config.seed
             self._moment = Moment(progress=progress, step=index, learning_rate=learning_rate, seed=seed)
             self._at()
@@ -83,16 +93,17 @@ class Training:
         self._next_micro_batch()
 
     def after_optimizer_step(self) -> None:
-        self._forget()
+        self._keep(False)
         if not self._stepping:
             return
         self._stepping = False
+        self._check_learning()
         for quantizer in quantizers(self.plugin.sites):
             quantizer.project()
         for site in self.plugin.sites:
             watcher = site.weight_stages._modules.get("oscillation")
             if isinstance(watcher, Oscillation):
-                if is_sharded(site.parameter):
+                if is_sharded(site.parameter) or hasattr(site.parameter, "_hp_mapping"):  # ZeRO-1 and 2 have a master
                     raise ValueError("oscillations are watched in one process and under DDP only: set it to ignore")
                 watcher.update(site.parameter.data, cast(Quantizer, site.weight_stages._modules["quantizer"]))
 
@@ -103,16 +114,17 @@ class Training:
             raise RuntimeError(NOT_LEARNING.format(missing[0]))
 
     def _check_learning(self) -> None:
-        """At the second step: raise `RuntimeError` where the optimizer has changed a weight and not its steps."""
+        """Raise `RuntimeError` where the first optimizer step that changes a weight leaves what stages learn alone."""
         if self._versions is None:
-            self._versions = {name: p._version for name, p in self.plugin.model.named_parameters()}
             return
-        if self._stepping and self._versions:
-            moved = {name for name, p in self.plugin.model.named_parameters() if p._version != self._versions.get(name)}
-            own = self.plugin.own_parameters()
-            if own and moved and moved.isdisjoint(own):
-                raise RuntimeError(NOT_LEARNING.format(next(iter(own))))
-            self._versions = {}
+        versions, self._versions = self._versions, {}
+        moved = {name for name, p in self.plugin.model.named_parameters() if p._version != versions.get(name)}
+        if not moved:  # skipped by a scaler, say
+            return
+        own = self.plugin.own_parameters()
+        if own and moved.isdisjoint(own):
+            raise RuntimeError(NOT_LEARNING.format(next(iter(own))))
+        self._versions = None
 
     def _next_micro_batch(self) -> None:
         if self._moment is not None:
@@ -124,11 +136,11 @@ class Training:
         for quantizer in quantizers(self.plugin.sites):
             quantizer.at(self._moment)
 
-    def _forget(self) -> None:
-        """Weights have changed: nothing that was quantized holds. Under accumulation the next result is kept."""
-        keep = GradientState().num_steps > 1 and self.plugin.config.memory == "keep"
+    def _keep(self, on: bool) -> None:
+        """Forget what was quantized; `on`: keep what comes, for the micro-batches up to the optimizer step."""
+        keep = on and self.plugin.config.memory == "keep"
         for site in self.plugin.sites:
             quantizer = site.weight_stages._modules.get("quantizer")
             if isinstance(quantizer, Quantizer):
-                quantizer.forget()
+                quantizer.kept = None
                 quantizer.keep = keep and not is_sharded(site.parameter)

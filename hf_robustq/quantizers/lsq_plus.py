@@ -35,6 +35,7 @@ class LSQPlus(LSQ):
         if self.role == "weight":
             super().init_from(sample, rule)
             return
+        self.warn_of_zeros(sample)
         self.grid = replace(self.grid, signed=False, narrow=False)
         lowest = sample.minimum.clamp(max=0)
         offsets = [lowest * share / 10 for share in range(11)]

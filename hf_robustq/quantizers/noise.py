@@ -60,8 +60,7 @@ class NoiseTempered(LSQ):
             temperature *= moment.learning_rate
         self.active = temperature > 0
         if self.active:
-            self.forget()
-        if self.active:
+            self.kept = None
             where = f"{moment.seed}/{moment.step}/{moment.micro_batch}/{self.role}/{self.site}"
             digest = hashlib.blake2b(where.encode(), digest_size=8).digest()
             self.get_buffer("key").fill_(int.from_bytes(digest, "little") >> 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_robustq.functional import SMALLEST, autocast_dtype
 from hf_robustq.grid import Grid
 from hf_robustq.scales import SCALE_RULES, Sample
-from hf_robustq.sharded import assign, whole
+from hf_robustq.sharded import assign, clamp_local, whole
 from hf_robustq.stage import Stage
 
 LEARNED = "learned"
@@ -75,7 +75,7 @@ class Quantizer(Stage, ABC):
         self.enabled = True
         self.stretch: float | None = None
         self.keep = False
-        self.kept: Tensor | None = None
+        self.kept: tuple[tuple[int, int], Tensor] | None = None
         self.product = True
         self.register_buffer("low", torch.tensor(grid.low, dtype=torch.float32))
         self.register_buffer("high", torch.tensor(grid.high, dtype=torch.float32))
@@ -84,6 +84,7 @@ class Quantizer(Stage, ABC):
     @torch.no_grad()
     def init_from(self, sample: Sample, rule: str | None = None) -> None:
         """Set the steps from the distribution of what passes through, by a rule of `SCALE_RULES`."""
+        self.warn_of_zeros(sample)
         self.warn_of_losses(sample)
         self.set_steps(SCALE_RULES[rule or self.rules[self.role]](sample, self.grid))
 
@@ -94,14 +95,21 @@ class Quantizer(Stage, ABC):
         self.high.fill_(self.grid.high)
         self.initialized.fill_(True)
 
-    def warn_of_losses(self, sample: Sample) -> None:
-        """Warn of what the grid cannot hold: negative values on an unsigned one; of nothing but zeros."""
-        what = f"{'the input of ' if self.role == 'input' else ''}{self.site or 'a tensor'}"
+    @property
+    def what(self) -> str:
+        """What passes through, in a message."""
+        return f"{'the input of ' if self.role == 'input' else ''}{self.site or 'a tensor'}"
+
+    def warn_of_zeros(self, sample: Sample) -> None:
+        """Warn where calibration saw nothing but zeros."""
         if not bool((sample.minimum.abs() + sample.maximum.abs()).any()):
-            warnings.warn(f"{what} is zero everywhere in calibration: its step is arbitrary", stacklevel=3)
+            warnings.warn(f"{self.what} is zero everywhere in calibration: its step is arbitrary", stacklevel=3)
+
+    def warn_of_losses(self, sample: Sample) -> None:
+        """Warn of what the grid cannot hold: negative values on an unsigned one."""
         lost = float((sample.counts[:, : sample.values.size(1)] * (sample.values < 0)).sum() / sample.counts.sum())
         if not self.grid.signed and lost:
-            warnings.warn(f"{what} has negative values, {lost:.1%}, which an unsigned grid loses", stacklevel=3)
+            warnings.warn(f"{self.what} has negative values, {lost:.1%}, which an unsigned grid loses", stacklevel=3)
 
     def restored(self) -> None:
         """Take the grid from `low` and `high`, which were loaded or received. Raises `ValueError` for nonsense."""
@@ -122,11 +130,11 @@ class Quantizer(Stage, ABC):
     def project(self) -> None:
         """Keep what is learned where it makes sense; called after each optimizer step."""
         if self.scale.requires_grad:
-            self.scale.clamp_(min=SMALLEST)
+            clamp_local(self.scale, SMALLEST)
 
     def sharing(self, x: Tensor) -> int:
         """How many elements of `x` share a step: those of a weight's channel, those of one sample of an input."""
-        return x.numel() // (self.channels if self.role == "weight" else x.size(0))
+        return x.numel() // (self.channels if self.role == "weight" else max(x.size(0), 1))
 
     def dtype(self, x: Tensor) -> torch.dtype:
         """The dtype of the result."""
@@ -145,9 +153,13 @@ class Quantizer(Stage, ABC):
             return scale.clamp(min=SMALLEST).view(shape)
 
     def set_bits(self, bits: int | None) -> None:
-        """Quantize to other bits within the same clip range, s * high; None: to the own ones again."""
+        """Quantize to other bits within the same clip range; None: to the own ones again.
+
+        The range is s * low .. s * high; a full signed grid, whose ends are not alike, keeps the lower one (the levels
+        of fewer bits are then among those of more).
+        """
         grid = self.grid if bits is None else replace(self.grid, bits=bits)
-        self.stretch = None if bits is None else self.grid.high / grid.high
+        self.stretch = None if bits is None else (self.grid.low / grid.low if grid.low else self.grid.high / grid.high)
         self.low.fill_(grid.low)
         self.high.fill_(grid.high)
 
@@ -157,10 +169,16 @@ class Quantizer(Stage, ABC):
         assign(self.scale, self.steps)
         self.grid, self.stretch = replace(self.grid, bits=bits), None
 
+    @property
+    def _keeps(self) -> bool:
+        return self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
     def options(self, x: Tensor) -> dict[str, Any]:
         """What `fake_quantize` is to know of `x`."""
-        kept = self.kept if self.training and torch.is_grad_enabled() else None
-        known = kept if kept is not None and kept.dtype == self.dtype(x) else None
+        known = None
+        if self.kept is not None and self._keeps:
+            source, result = self.kept
+            known = result if source == identity(x) and result.dtype == self.dtype(x) else None
         return {"axis": self.grid.axis, "count": self.sharing(x), "dtype": self.dtype(x), "known": known}
 
     @abstractmethod
@@ -171,14 +189,15 @@ class Quantizer(Stage, ABC):
         if not self.enabled:
             return x
         y = self.quantize(x)
-        if self.keep and self.training and torch.is_grad_enabled():
-            self.kept = y.detach()
+        if self.keep and self._keeps:
+            self.kept = identity(x), y.detach()
         return y
-
-    def forget(self) -> None:
-        """The weight has changed, or is about to."""
-        self.kept = None
 
     def extra_repr(self) -> str:
         axis = "" if self.grid.axis is None else f", axis={self.grid.axis}"
         return f"bits={self.grid.bits}, levels={int(self.low)}..{int(self.high)}{axis}"
+
+
+def identity(x: Tensor) -> tuple[int, int]:
+    """Alike only where a tensor's storage is the same and has not been written to."""
+    return x.data_ptr(), x._version

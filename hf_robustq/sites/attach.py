@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from hf_robustq.sharded import assign, whole
+from hf_robustq.sharded import assign, is_sharded, whole
 from hf_robustq.sites.site import Site
 
 
@@ -36,9 +36,10 @@ def staged_class(cls: type[nn.Module], tensor: str) -> type[nn.Module]:
             raise RuntimeError(f"a stage of {tensor} failed: {error}") from error
         reads: list[Rebuilt] | None = self.__dict__.get("_reads")
         if reads is not None:
-            reads.append(Rebuilt(stored.detach(), lambda: cast(Tensor, self._parameters[tensor]).detach()))
+            source = None if is_sharded(stored) else stored  # gathered anew, by then
+            reads.append(Rebuilt(stored.detach(), lambda: cast(Tensor, self._parameters[tensor]).detach(), source))
             if value is not stored:
-                reads.append(Rebuilt(value, lambda: getattr(self, tensor)))
+                reads.append(Rebuilt(value, lambda: getattr(self, tensor), source))
         return value
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -52,7 +53,7 @@ def staged_class(cls: type[nn.Module], tensor: str) -> type[nn.Module]:
             kwargs = {**kwargs, first: staged}
         if not self.__dict__.get("_recompute") or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return cls.forward(self, *args, **kwargs)
-        reads = [] if staged is x else [Rebuilt(staged, lambda: stages(x))]
+        reads = [] if staged is x else [Rebuilt(staged, lambda: stages(x), x)]
         object.__setattr__(self, "_reads", reads)
         try:
             with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, reads), _unpack):
@@ -69,26 +70,43 @@ def staged_class(cls: type[nn.Module], tensor: str) -> type[nn.Module]:
 
 
 class Rebuilt(NamedTuple):
-    """A staged tensor that the backward makes anew instead of keeping it."""
+    """A staged tensor that the backward makes anew, from a source that must not change, instead of keeping it."""
 
     value: Tensor
     make: Callable[[], Tensor]
+    source: Tensor | None
+
+
+class Packed(NamedTuple):
+    """What autograd keeps of it."""
+
+    make: Callable[[], Tensor]
+    source: Tensor | None
+    version: int
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
 
 
 def _pack(reads: list[Rebuilt], saved: Tensor) -> Any:
     """What autograd keeps of a tensor: for a staged one, or a view of it, how to make it."""
-    for value, make in reads:
+    for value, make, source in reads:
         if saved.data_ptr() == value.data_ptr() and saved.numel() == value.numel() and saved.dtype == value.dtype:
-            return make, saved.size(), saved.stride()
+            version = 0 if source is None else source._version
+            return Packed(make, source, version, saved.dtype, saved.size(), saved.stride())
     return saved
 
 
 def _unpack(packed: Any) -> Tensor:
     if isinstance(packed, Tensor):
         return packed
-    make, size, stride = packed
-    with torch.no_grad():
-        return make().as_strided(size, stride)
+    if packed.source is not None and packed.source._version != packed.version:
+        raise RuntimeError(
+            'memory="recompute": a weight or the input of a layer was changed in place between forward and backward, '
+            'which would make another gradient: leave it as it is, or use memory="keep"'
+        )
+    with torch.no_grad():  # outside the forward's autocast, which had chosen the dtype
+        return packed.make().to(packed.dtype).as_strided(packed.size, packed.stride)
 
 
 def _rebuild(cls: type[nn.Module], tensor: str) -> nn.Module:

@@ -150,6 +150,7 @@ def sweep(
     """
     model = plugin.model if model is None else model
     wanted = parse_settings(settings)
+    plugin.warn_reshaped([setting.name for setting in wanted if not setting.trained and setting.scale != LEARNED])
     outputs: dict[str, list[Any]] = {setting.name: [] for setting in wanted}
     steps = Steps(plugin)
     with undisturbed(model):

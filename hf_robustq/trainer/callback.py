@@ -66,6 +66,7 @@ class RobustQCallback(TrainerCallback):
             scaler=scaler,
             index=state.global_step,
             learning_rate=now / start if start else 1.0,
+            accumulating=args.gradient_accumulation_steps > 1,
         )
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002

@@ -231,7 +231,7 @@ class RobustQMixin(_AnyTrainer):
                 base_model=kwargs.get("finetuned_from"),
                 dataset=kwargs.get("dataset"),
                 license=kwargs.get("license"),
-                settings=training_settings(self.args, self.lr_schedule),
+                settings=training_settings(self.args, self.lr_schedule, self.scale_lr),
                 step=best,
             )
 
@@ -263,10 +263,12 @@ def check_section(optimizer: Mapping[str, Any] | None, scale_lr: float | None) -
         )
 
 
-def training_settings(args: Any, lr_schedule: Mapping[str, Any] | None) -> dict[str, Any]:
+def training_settings(args: Any, lr_schedule: Mapping[str, Any] | None, scale_lr: float | None) -> dict[str, Any]:
     """The training arguments that a reader needs to repeat the run."""
     names = ("learning_rate", "weight_decay", "num_train_epochs", "per_device_train_batch_size",
              "gradient_accumulation_steps", "world_size", "max_grad_norm", "bf16", "fp16")  # fmt: skip
     settings = {name: getattr(args, name) for name in names}
     schedule = dict(lr_schedule) if lr_schedule else args.lr_scheduler_type
+    if scale_lr is not None:
+        settings["learning_rate of steps"] = scale_lr
     return {"optimizer": f"{args.optim} {args.optim_args or ''}".strip(), **settings, "lr_schedule": str(schedule)}

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hf_robustq  # noqa: F401 (registers its method with transformers)
+from hf_robustq.functional import SMALLEST
 from tests.distributed.launch import Run, launch
 from tests.zoo import llama, tokens
 
@@ -92,6 +93,7 @@ def test_learned_steps_and_noise_equal_one_process(run, saved, config):
         torch.testing.assert_close(value, start[name], rtol=1e-6, atol=0)
     same_weights(one, two)
     same_rows(one, two)
+    assert all(rank["projected"] == pytest.approx(SMALLEST, rel=1e-3) for rank in (*one.ranks, *two.ranks))
 
 
 @pytest.mark.parametrize("config", BACKENDS)

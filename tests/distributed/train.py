@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_robustq import RobustQ, RobustQCallback, RobustTrainer
 from hf_robustq.calibrate import stages
-from hf_robustq.sharded import whole
+from hf_robustq.sharded import assign, whole, whole_shape
 from tests.test_trainer import Rows
 from tests.zoo import llama, tokens
 
@@ -161,6 +161,24 @@ def checksum(model) -> str:
     return digest.hexdigest()
 
 
+def smallest_after_projection(plugin) -> float:
+    """The smallest step, in the model and in DeepSpeed's master copy, after something made all of them negative."""
+    own = list(plugin.own_parameters().values())
+    for parameter in own:
+        assign(parameter, torch.full(whole_shape(parameter), -1.0))
+    plugin.step(0.0, first=True, index=0)
+    plugin.after_optimizer_step()
+    smallest = []
+    for parameter in own:
+        with whole(parameter) as values:
+            smallest.append(float(values.min()))
+        if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "_z3_optimizer"):
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            smallest.append(float(safe_get_full_fp32_param(parameter).min()))
+    return min(smallest)
+
+
 def accuracy(predictions):
     return {"accuracy": float(np.mean(predictions.predictions[:, :-1] == predictions.label_ids[:, 1:]))}
 
@@ -222,6 +240,8 @@ def main(options: argparse.Namespace) -> None:
         result["checksum"] = checksum(trainer.model)
     end = logits(trainer)
     trainer.save_model(str(out / "final"))
+    if options.learned:
+        result["projected"] = smallest_after_projection(RobustQ.of(trainer.model))
     (out / f"rank{rank}.json").write_text(json.dumps(result))
     if rank == 0:
         torch.save({"begin": watch.logits, "end": end, "learned": watch.learned}, out / "logits.pt")
@@ -230,3 +250,5 @@ def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     main(arguments())
+    sys.stderr.flush()
+    os._exit(0)  # everything is written; the profiler's threads may abort an ordinary exit of a busy machine
