@@ -3,10 +3,12 @@
     python benchmarks/qat_step.py
     python benchmarks/qat_step.py --cases resnet18 --dtypes float32 --compile --threads 2 --output step
 
-A step is the forward, the backward, SGD, and what ours adds before and after. Contenders take turns, one step each, and every step is divided by the
-float step of the same turn: the table has the median of these ratios, the time to the end of the second step
-(warm-up, compilation included) and memory (parameters, momentum, and the distinct storages that autograd keeps for
-the backward; on a GPU the allocator's peak), as a ratio to the float model's. `float again` says how far noise goes.
+A step is the forward, the backward, SGD, and what ours adds before and after. Contenders take turns, one step each,
+and every step is divided by the float step of the same turn: the table has the median of these ratios, the time to the
+end of the second step (warm-up, compilation included) and memory (parameters, momentum, and the distinct storages that
+autograd keeps for the backward; on a GPU the allocator's peak), as a ratio to the float model's. `float again` says how
+far noise goes.
+
 Peers: pip install torchao brevitas optimum-quanto nvidia-modelopt. What is not installed, or cannot do a case, is
 left out with a message. Writes <output>.md and <output>.json.
 """
