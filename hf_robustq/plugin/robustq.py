@@ -307,7 +307,7 @@ class RobustQ:
 
     @property
     def reshaped(self) -> bool:
-        """Whether quantizers of weights do more than round (DoReFa's): then the stored weights are not the network's."""
+        """Whether a weight quantizer does more than round (DoReFa's): then the stored weights are not the network's."""
         weights = (site.weight_stages._modules.get("quantizer") for site in self.sites)
         return any(isinstance(quantizer, Quantizer) and not quantizer.uniform for quantizer in weights)
 
