@@ -15,14 +15,14 @@ class Noise(NamedTuple):
 
     c, k      0-dim float32; `relative`: k counts in steps, exp(-k * e / s)
     key       0-dim int64 in [0, 2^63): what eps is a function of, besides the position
-    moved     x is [n, positions, channels] in memory, and its elements count as those of [n, channels, positions]
+    places    what the positions of x's elements are the sum of, broadcast: see `moved_places`; default: x is contiguous
     """
 
     c: Tensor
     k: Tensor
     key: Tensor
     relative: bool = False
-    moved: bool = False
+    places: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 def _mix(h: Tensor) -> Tensor:
@@ -32,20 +32,21 @@ def _mix(h: Tensor) -> Tensor:
     return h ^ (h >> 15)
 
 
-def normal(x: Tensor, key: Tensor, moved: bool = False) -> Tensor:
-    """Standard normal values in the shape of `x`: the i-th is a function of (key, i), by hashing and Box-Muller.
+def moved_places(n: int, positions: int, channels: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the elements of an [n, positions, channels] tensor lie in the same one as [n, channels, positions].
 
-    i counts the elements of a contiguous `x`; `moved`: of `x` with its last two of three dimensions exchanged.
+    Made outside the kernel, which is ten times slower on a CPU where it counts in three dimensions by itself.
     """
+    first, second, third = (torch.arange(size, device=device) for size in (n, positions, channels))
+    return first[:, None, None] * (positions * channels), second[:, None], third * positions
 
-    def count(size: int) -> Tensor:
-        return torch.arange(size, device=key.device)
 
-    if moved:
-        n, positions, channels = x.shape
-        i = (count(n)[:, None, None] * channels + count(channels)) * positions + count(positions)[:, None]
+def normal(x: Tensor, key: Tensor, places: tuple[Tensor, Tensor, Tensor] | None = None) -> Tensor:
+    """Standard normal values in the shape of `x`: that at position i is a function of (key, i): hash and Box-Muller."""
+    if places is None:
+        i = torch.arange(x.numel(), device=key.device).view(x.shape)
     else:
-        i = count(x.numel()).view(x.shape)
+        i = places[0] + places[1] + places[2]
     radius = _mix(i ^ (key & WORD))
     angle = _mix(radius ^ (key >> 32))
     u = ((radius >> 8) + 1).float() * 2.0**-24  # (0, 1]

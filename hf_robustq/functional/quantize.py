@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_robustq.functional.fused import fused, memory_order, no_autocast, working_dtype
-from hf_robustq.functional.noise import Noise, normal
+from hf_robustq.functional.noise import Noise, moved_places, normal
 
 SMALL = 1 << 14
 """Elements up to which ten eager operations cost no more than the call of a compiled one."""
@@ -43,7 +43,7 @@ def _forward(
     if noise is not None:
         error = (value - x).abs()
         decay = torch.exp(-noise.k * (error / step if noise.relative else error))
-        value = value + noise.c * decay * error.sqrt() * normal(x, noise.key, noise.moved)
+        value = value + noise.c * decay * error.sqrt() * normal(x, noise.key, noise.places)
     return value.to(dtype)
 
 
@@ -112,8 +112,9 @@ class _FakeQuantize(torch.autograd.Function):
         order = memory_order(x)
         blocks, along = _blocks(x, order, axis), _along(axis)
         if noise is not None and order[-1] == 1 < x.dim() - 1:  # what is drawn must not depend on the strides
-            noise = noise._replace(moved=True)
             blocks = x.permute(order).reshape(x.size(0), -1, x.size(1))
+            n, positions, channels = blocks.shape
+            noise = noise._replace(places=moved_places(n, positions, channels, x.device))
             along = {None: [-1], 0: [-1, 1, 1], 1: [1, 1, -1]}[axis]
         steps = scale.to(working_dtype(x)).reshape(along)
         offsets = None if offset is None else offset.to(steps.dtype).reshape(along)
