@@ -15,6 +15,7 @@ left out with a message. Writes <output>.md and <output>.json.
 
 import argparse
 import copy
+import gc
 import importlib.metadata
 import json
 import logging
@@ -296,6 +297,7 @@ def parts(tensor: Tensor) -> list[Tensor]:
 
 def measure(case: str, dtype: str, compiled: bool, options: argparse.Namespace) -> list[Line]:
     """Build every contender that can, then let them take turns."""
+    gc.collect()  # the models of the case before
     torch.manual_seed(0)
     original, batch = CASES[case]()
     original = original.to(options.device)
