@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import scipy.optimize
+import scipy.special
 import torch
 
 from hf_robustq import SCALE_RULES, Grid, Sample
-from hf_robustq.scales import absmax, mse, quantization_error
+from hf_robustq.scales import absmax, aciq_gauss, aciq_laplace, mse, percentile, quantization_error
+from hf_robustq.scales.aciq import gauss_clip, gauss_error, laplace_clip, laplace_error
 from hf_robustq.scales.sample import BINS, accumulate
 
 
@@ -107,3 +109,56 @@ def test_non_finite_data_is_refused():
         x[7] = bad
         with pytest.raises(ValueError, match="non-finite"):
             Sample.of(x)
+
+
+# Optimal clips and errors for 1 to 8 bits, unit scale (methods of arXiv 1810.05723, integrated numerically).
+GAUSS_CLIPS = [1.239905, 1.710635, 2.151593, 2.559137, 2.936201, 3.286914, 3.615115, 3.924035]
+GAUSS_ERRORS = [0.215010, 0.0871485, 0.0314294, 0.0104933, 0.00332259, 0.00101292, 3.00215e-4, 8.70779e-5]
+LAPLACE_CLIPS = [1.862817, 2.830683, 3.897229, 5.028640, 6.204766, 7.413126, 8.645620, 9.896760]
+LAPLACE_ERRORS = [0.599643, 0.284878, 0.119702, 0.0460215, 0.0165718, 0.00567877, 0.00187252, 5.98853e-4]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_golden_values_of_aciq(bits):
+    assert gauss_clip(bits) == pytest.approx(GAUSS_CLIPS[bits - 1], abs=2e-6)
+    assert gauss_error(gauss_clip(bits), bits) == pytest.approx(GAUSS_ERRORS[bits - 1], rel=1e-5)
+    assert laplace_clip(bits) == pytest.approx(scipy.special.lambertw(3 * 4**bits).real, rel=1e-9)
+    assert laplace_clip(bits) == pytest.approx(LAPLACE_CLIPS[bits - 1], abs=2e-6)
+    assert laplace_error(laplace_clip(bits), bits) == pytest.approx(LAPLACE_ERRORS[bits - 1], rel=1e-5)
+
+
+@pytest.mark.parametrize("rule", [aciq_gauss, aciq_laplace])
+@pytest.mark.parametrize("signed", [True, False])
+def test_aciq_reads_the_moments_of_a_histogram_as_of_the_elements(rule, signed):
+    """Several rows are not made a histogram; the formula is written out here."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 20_000).double() * 0.3 + 0.05
+    x = x if signed else x.relu()
+    grid = Grid(bits=4, signed=signed)
+    mean = x.mean()
+    spread = x.std(correction=0) if rule is aciq_gauss else (x - mean).abs().mean()
+    clips = GAUSS_CLIPS if rule is aciq_gauss else LAPLACE_CLIPS
+    expected = min(float(mean + spread * clips[3 + (not signed)]), float(x.max())) / grid.high
+    assert float(rule(Sample.of(x), grid)) == pytest.approx(expected, rel=2e-3)
+    assert rule(Sample.of(torch.cat([x, 2 * x]), axis=0), grid).tolist() == pytest.approx([expected, 2 * expected])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("signed", [True, False])
+def test_percentile_clips_the_share_it_says(rows, signed):
+    torch.manual_seed(0)
+    x = torch.randn(rows, 50_000).double()
+    x = x if signed else x.relu()
+    grid = Grid(bits=4, signed=signed)
+    clip = percentile(Sample.of(x, None if rows == 1 else 0), grid, share=0.99) * grid.high
+    quantile = np.quantile(x.abs().numpy(), 0.99, axis=1)
+    assert clip.tolist() == pytest.approx(quantile.tolist(), rel=5e-3)
+    assert torch.equal(percentile(Sample.of(x), grid, share=1.0), absmax(Sample.of(x), grid))
+
+
+@pytest.mark.parametrize("rule", [percentile, aciq_gauss, aciq_laplace])
+def test_rules_on_zeros_and_constants_give_a_positive_step_within_the_cover(rule):
+    for value in (0.0, 0.7, -0.7):
+        sample, grid = Sample.of(torch.full((100,), value)), Grid(bits=4)
+        step = rule(sample, grid)
+        assert bool((step > 0).all()) and bool((step <= absmax(sample, grid)).all())
