@@ -337,6 +337,23 @@ def test_an_optimizer_built_before_the_quantizers_is_an_error(early, after):
         plugin.check_optimizer(optimizer)
 
 
+def test_steps_that_the_user_has_frozen_may_stay_out_of_the_optimizer():
+    model = mlp()
+    plugin = RobustQ(model, {"weights": {"method": "lsq", "bits": 4}, "first_last": "same"})
+    plugin.calibrate([torch.randn(2, 6)], forward)
+    for parameter in plugin.own_parameters().values():
+        parameter.requires_grad_(False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = model[0].weight.detach().clone()
+    for _ in range(2):
+        plugin.step(0.0, first=True)
+        model(torch.randn(2, 6)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    plugin.check_optimizer(optimizer)
+    assert not torch.equal(model[0].weight, before)
+
+
 def test_learned_steps_have_a_group_of_their_own_without_decay():
     plugin = RobustQ(mlp(), {"weights": {"method": "lsq", "bits": 4}, "first_last": "same"})
     *_, group = plugin.parameter_groups(0.1, scale_lr=1e-4)

@@ -273,7 +273,7 @@ def test_curves_are_by_what_the_settings_say_besides_the_weights_bits():
     trained = Row(setting="trained", weights=4, activations=4, metrics={"accuracy": 0.55}, samples=1)
     found = curves([*rows(**measured), trained], "accuracy")
     assert found == {"": [(4, 0.7), (8, 0.8)], "a4@learned": [(3, 0.4), (4, 0.5)]}
-    assert not trained.on_curve
+    assert robustness([*rows(**measured), trained], "accuracy") == robustness(rows(w4=0.7, w8=0.8), "accuracy")
 
 
 def test_robustness_is_the_mean_height_of_the_curve():

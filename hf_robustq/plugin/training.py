@@ -109,7 +109,7 @@ class Training:
 
     def check_optimizer(self, optimizer: Any) -> None:
         known = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
-        missing = [name for name, p in self.plugin.own_parameters().items() if id(p) not in known]
+        missing = [name for name, p in self._learned().items() if id(p) not in known]
         if missing and any(id(p) in known for p in self.plugin.model.parameters()):  # else it holds flat copies of them
             raise RuntimeError(NOT_LEARNING.format(missing[0]))
 
@@ -121,10 +121,14 @@ class Training:
         moved = {name for name, p in self.plugin.model.named_parameters() if p._version != versions.get(name)}
         if not moved:  # skipped by a scaler, say
             return
-        own = self.plugin.own_parameters()
+        own = self._learned()
         if own and moved.isdisjoint(own):
             raise RuntimeError(NOT_LEARNING.format(next(iter(own))))
         self._versions = None
+
+    def _learned(self) -> dict[str, nn.Parameter]:
+        """What the stages learn, less what the user has frozen."""
+        return {name: p for name, p in self.plugin.own_parameters().items() if p.requires_grad}
 
     def _next_micro_batch(self) -> None:
         if self._moment is not None:

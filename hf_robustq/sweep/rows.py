@@ -22,11 +22,6 @@ class Row:
     dataset: str = "eval"
     subset: str = "all"
 
-    @property
-    def on_curve(self) -> bool:
-        """Whether the row is a point of the curve over weight bits: weights only, per tensor, by the default rule."""
-        return self.setting == f"w{self.weights}"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
@@ -76,11 +71,11 @@ def curves(rows: Iterable[Row], metric: str) -> dict[str, list[tuple[int, float]
 def robustness(rows: Iterable[Row], metric: str) -> float | None:
     """Area under metric against weight bits, by trapezoids, over (b_max - b_min): in units of the metric.
 
-    Over the rows on the curve (`Row.on_curve`), None for fewer than two of them; not divided by the float value,
-    which would reward a bad float model.
+    Over the curve of weights only, per tensor, by the default rule; None for fewer than two points. Not divided by the
+    float value, which would reward a bad float model.
     """
-    points = sorted((row.weights or 0, row.metrics[metric]) for row in rows if row.on_curve)
-    if len({bits for bits, _ in points}) < 2:
+    points = curves(rows, metric).get("")
+    if points is None:
         return None
     area = sum((b1 - b0) * (v0 + v1) / 2 for (b0, v0), (b1, v1) in itertools.pairwise(points))
     return area / (points[-1][0] - points[0][0])
