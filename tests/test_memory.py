@@ -55,6 +55,26 @@ def test_memory_of_a_training_step(monkeypatch, memory, limit):
     assert 1.0 < ratio <= limit
 
 
+@pytest.mark.parametrize("method", ["lsq", "lsq_plus", "noise", "dorefa"])
+def test_a_quantized_weight_keeps_nothing_more(method):
+    """Of one linear layer on one row: the weight is a parameter, its quantized form the only copy of its size."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(512, 512), torch.rand(1, 512)
+    plugin = RobustQ(model, {"weights": {"method": method, "bits": 4}, "first_last": "same"})
+    plugin.calibrate([x], lambda model, x: model(x))
+    plugin.step(0.0, first=True)
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+    ):
+        out = model.train()(x.requires_grad_())
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    extra = sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in parameters)
+    assert extra <= 1.05 * 512 * 512 * 4
+    out.sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("name", ["timm resnet", "gpt2", "bert", "albert", "timm swinv2", "t5", "torch encoder"])
 def test_recomputing_changes_no_gradient(name):
     entry = ZOO[name]

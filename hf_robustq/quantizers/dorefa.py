@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hf_robustq.functional import fake_quantize, no_autocast, working_dtype
 from hf_robustq.grid import Grid
@@ -47,6 +48,10 @@ class DoReFa(Quantizer):
     def quantize(self, x: Tensor) -> Tensor:
         if self.role == "input":
             return fake_quantize(x, self.steps, self.low, self.high, dtype=self.dtype(x))
+        # tanh and what follows it are as large as the weight: made again in the backward
+        return checkpoint(self._quantize_weight, x, use_reentrant=False, preserve_rng_state=False)
+
+    def _quantize_weight(self, x: Tensor) -> Tensor:
         over = None if self.grid.axis is None else [d for d in range(x.dim()) if d != self.grid.axis % x.dim()]
         with no_autocast(x):
             w = x.to(working_dtype(x))
