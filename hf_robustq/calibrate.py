@@ -170,10 +170,15 @@ def activation_grid(bits: int, sample: Sample, narrow: bool = False) -> Grid:
     return Grid(bits=bits, signed=signed, narrow=narrow and signed)
 
 
-def weight_sample(site: Site, axis: int | None) -> Sample:
-    """The distribution of a stored weight, gathered where it is sharded. Raises `ValueError` where it is not finite."""
+def weight_sample(site: Site, axis: int | None, factor: torch.Tensor | None = None) -> Sample:
+    """The distribution of a stored weight, gathered where it is sharded, its channels times `factor` ([C]).
+
+    Raises `ValueError` where it is not finite.
+    """
     with whole(site.parameter) as weight:
         try:
+            if factor is not None:
+                weight = weight * factor.to(weight).view([-1 if d == site.axis else 1 for d in range(weight.dim())])
             return Sample.of(weight, axis)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -15,6 +16,12 @@ from hf_robustq.scales.sample import BINS, accumulate
 from hf_robustq.stage import Stage
 
 
+@torch.compiler.disable
+def _outside_the_graph(mapping: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Mappings are for evaluation, each used for a while: not worth a compilation."""
+    return mapping(x)
+
+
 class Probe(Stage):
     """Identity in training, and in evaluation until told otherwise.
 
@@ -22,6 +29,7 @@ class Probe(Stage):
     mode "observe"    identity; counts calls
     mode "quantize"   s * clamp(round(x / s), low, high); range and step are tensors, so that another
                       configuration changes no module and recompiles nothing
+    mode "map"        whatever function it was given
 
     `channels` is the size of `axis`: a step per tensor is stored `channels` times.
     """
@@ -33,7 +41,8 @@ class Probe(Stage):
     def __init__(self, axis: int | None = None, channels: int = 1) -> None:
         super().__init__()
         self.axis = axis
-        self.mode: Literal["off", "observe", "quantize"] = "off"
+        self.mode: Literal["off", "observe", "quantize", "map"] = "off"
+        self.mapping: Callable[[Tensor], Tensor] | None = None
         self.calls = 0
         self.register_buffer("scale", torch.zeros(channels, dtype=torch.float32), persistent=False)
         self.register_buffer("low", torch.zeros((), dtype=torch.float32), persistent=False)
@@ -44,7 +53,11 @@ class Probe(Stage):
         self.calls = 0
 
     def off(self) -> None:
-        self.mode = "off"
+        self.mode, self.mapping = "off", None
+
+    def map(self, mapping: Callable[[Tensor], Tensor]) -> None:
+        """Pass everything through a function of the same shape and dtype from now on."""
+        self.mode, self.mapping = "map", mapping
 
     def quantize(self, grid: Grid, scale: Tensor) -> None:
         """Quantize from now on with steps `scale` ([C] or [1])."""
@@ -57,6 +70,9 @@ class Probe(Stage):
         self.calls += 1
 
     def quantized(self, x: Tensor) -> Tensor:
+        if self.mode == "map":
+            assert self.mapping is not None
+            return _outside_the_graph(self.mapping, x)  # pyright: ignore[reportCallIssue]
         return fake_quantize(x, self.scale, self.low, self.high, axis=self.axis)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,9 +103,13 @@ class WeightProbe(Probe):
         super().off()
         self.keep, self._kept = False, None
 
-    def quantize(self, grid: Grid, scale: Tensor, keep: bool = False) -> None:
+    def quantize(self, grid: Grid, scale: Tensor) -> None:
         super().quantize(grid, scale)
-        self.keep, self._kept = keep, None
+        self._kept = None
+
+    def map(self, mapping: Callable[[Tensor], Tensor]) -> None:
+        super().map(mapping)
+        self._kept = None
 
     def quantized(self, x: Tensor) -> Tensor:
         if not self.keep or torch.is_grad_enabled() or torch.compiler.is_compiling():

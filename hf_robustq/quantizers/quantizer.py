@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -74,6 +74,7 @@ class Quantizer(Stage, ABC):
         self.site = ""
         self.enabled = True
         self.stretch: float | None = None
+        self.other_steps: Tensor | None = None
         self.keep = False
         self.kept: tuple[tuple[int, int], Tensor] | None = None
         self.product = True
@@ -142,7 +143,9 @@ class Quantizer(Stage, ABC):
 
     @property
     def steps(self) -> Tensor:
-        """The steps in use: `scale`, or what `set_bits` makes of it."""
+        """The steps in use: `scale`, or what `set_bits` and `change_steps` make of it."""
+        if self.other_steps is not None:
+            return self.other_steps
         return self.scale if self.stretch is None else self.scale * self.stretch
 
     def steps_along(self, x: Tensor) -> Tensor:
@@ -160,8 +163,15 @@ class Quantizer(Stage, ABC):
         """
         grid = self.grid if bits is None else replace(self.grid, bits=bits)
         self.stretch = None if bits is None else (self.grid.low / grid.low if grid.low else self.grid.high / grid.high)
+        self.other_steps = None
         self.low.fill_(grid.low)
         self.high.fill_(grid.high)
+
+    def change_steps(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Use `change(steps)` ([C]) on the same integers, until `set_bits` is called next."""
+        with whole(self.scale) as scale:
+            steps = scale.detach().clamp(min=SMALLEST)
+            self.other_steps = change(steps if self.stretch is None else steps * self.stretch)
 
     def change_bits(self, bits: int) -> None:
         """`set_bits`, for good."""

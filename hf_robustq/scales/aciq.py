@@ -14,7 +14,7 @@ from hf_robustq.scales.absmax import absmax
 from hf_robustq.scales.sample import Sample
 
 
-def gauss_error(alpha: float, bits: int) -> float:
+def gauss_error(alpha: float, bits: float) -> float:
     """Expected squared error of `bits` bits over [-alpha, alpha] for N(0, 1): clipping on both sides, and rounding.
 
     (alpha^2 + 1) * erfc(alpha / sqrt(2)) - sqrt(2 / pi) * alpha * exp(-alpha^2 / 2) + alpha^2 / (3 * 4^bits)
@@ -23,7 +23,7 @@ def gauss_error(alpha: float, bits: int) -> float:
     return outside + alpha**2 / (3 * 4**bits)
 
 
-def laplace_error(alpha: float, bits: int) -> float:
+def laplace_error(alpha: float, bits: float) -> float:
     """The same for Laplace(0, 1): 2 * exp(-alpha) + alpha^2 / (3 * 4^bits)."""
     return 2 * math.exp(-alpha) + alpha**2 / (3 * 4**bits)
 
@@ -33,13 +33,13 @@ def _gauss(alpha: float) -> float:
 
 
 @functools.cache
-def gauss_clip(bits: int) -> float:
+def gauss_clip(bits: float) -> float:
     """The alpha that minimises `gauss_error`: the root of its derivative, which rises."""
     return _root(lambda a: a * math.erfc(a / math.sqrt(2)) - _gauss(a) + a / (3 * 4**bits))
 
 
 @functools.cache
-def laplace_clip(bits: int) -> float:
+def laplace_clip(bits: float) -> float:
     """The alpha that minimises `laplace_error`: W(3 * 4^bits), the Lambert function."""
     return _root(lambda a: a / (3 * 4**bits) - math.exp(-a))
 
@@ -51,7 +51,7 @@ def _root(rising: Callable[[float], float], low: float = 0.0, high: float = 64.0
     return (low + high) / 2
 
 
-def _step(sample: Sample, grid: Grid, deviation: Tensor, mean: Tensor, clip: Callable[[int], float]) -> Tensor:
+def _step(sample: Sample, grid: Grid, deviation: Tensor, mean: Tensor, clip: Callable[[float], float]) -> Tensor:
     """Two-sided: 2^bits levels over [-a, a]. One-sided: those of the upper half of a grid of one bit more."""
     bits = grid.bits + int(not grid.signed)
     reach = mean.abs() + deviation * clip(bits) if grid.signed else mean.clamp(min=0) + deviation * clip(bits)
@@ -59,7 +59,7 @@ def _step(sample: Sample, grid: Grid, deviation: Tensor, mean: Tensor, clip: Cal
     return torch.where(deviation > 0, torch.minimum(reach / grid.high, cover), cover)
 
 
-def _moments(sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
+def moments(sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
     """[C] mean, standard deviation and mean absolute deviation of the elements, exact zeros included."""
     counts = sample.counts[:, : sample.values.size(1)]
     total = sample.counts.sum(1)
@@ -75,11 +75,11 @@ def aciq_gauss(sample: Sample, grid: Grid) -> Tensor:
     Choice: the paper's range is [mean - alpha, mean + alpha]; a symmetric grid reaches |mean| + alpha. One-sided
     elements count as the upper half of a distribution, so alpha is that of one bit more (section 3.3).
     """
-    mean, deviation, _ = _moments(sample)
+    mean, deviation, _ = moments(sample)
     return _step(sample, grid, deviation, mean, gauss_clip)
 
 
 def aciq_laplace(sample: Sample, grid: Grid) -> Tensor:
     """The same for a Laplace distribution, b = E|x - mean|."""
-    mean, _, deviation = _moments(sample)
+    mean, _, deviation = moments(sample)
     return _step(sample, grid, deviation, mean, laplace_clip)

@@ -1,11 +1,14 @@
 """The sweep: one model under many quantizers, the data read once."""
 
 from hf_robustq.sweep.rows import Row, Sweep, curves, load_sweeps, robustness, save_sweeps
-from hf_robustq.sweep.run import Steps, chunked, quantized, sweep
-from hf_robustq.sweep.settings import DEFAULT_SETTINGS, Setting, parse_settings
+from hf_robustq.sweep.run import chunked, quantized, sweep
+from hf_robustq.sweep.settings import DEFAULT_SETTINGS, MODIFIERS, Setting, parse_settings
+from hf_robustq.sweep.steps import Calibration, Steps
 
 __all__ = [
     "DEFAULT_SETTINGS",
+    "MODIFIERS",
+    "Calibration",
     "Row",
     "Setting",
     "Steps",

@@ -3,103 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
-from hf_robustq.calibrate import (
-    activation_grid,
-    float_model,
-    input_probe,
-    undisturbed,
-    weight_probe,
-    weight_sample,
-)
-from hf_robustq.grid import Grid
+from hf_robustq.calibrate import float_model, undisturbed
 from hf_robustq.plugin import RobustQ
-from hf_robustq.quantizers import LEARNED, InputProbe, Quantizer
-from hf_robustq.scales import SCALE_RULES, Sample
-from hf_robustq.sharded import is_sharded
-from hf_robustq.sites import Site
+from hf_robustq.plugin.training import quantizers
+from hf_robustq.quantizers import Role
+from hf_robustq.sweep.batch_norm import Statistics, reestimated, with_statistics
 from hf_robustq.sweep.settings import DEFAULT_SETTINGS, Setting, parse_settings
+from hf_robustq.sweep.steps import Calibration, Steps, perturbed
 
 Predict = Callable[[Any, Any], Any]
 Metric = Callable[[list[Any]], Mapping[str, float]]
 
 
-class Steps:
-    """The steps of each setting, searched once per sweep: of the stored weights, and of the inputs calibration saw."""
-
-    def __init__(self, plugin: RobustQ) -> None:
-        self.plugin = plugin
-        self._samples: dict[tuple[str, int | None], Sample] = {}
-        self._steps: dict[tuple[str, Grid, str], torch.Tensor] = {}
-
-    def weight(self, site: Site, setting: Setting) -> tuple[Grid, torch.Tensor]:
-        assert setting.weights is not None
-        axis = site.axis if setting.per_channel else None
-        grid = Grid(bits=8 if site.name in self.plugin.edges else setting.weights, narrow=True, axis=axis)
-        return grid, self._step(site.name, grid, setting.scale, lambda: weight_sample(site, axis))
-
-    def activation(self, site: Site, setting: Setting) -> tuple[Grid, torch.Tensor]:
-        assert setting.activations is not None
-        probe = input_probe(site)
-        assert isinstance(probe, InputProbe)
-        sample = probe.sample()
-        grid = activation_grid(8 if site.name in self.plugin.edges else setting.activations, sample)
-        return grid, self._step(f"the input of {site.name}", grid, setting.scale, lambda: sample)
-
-    def _step(self, name: str, grid: Grid, rule: str, observe: Callable[[], Sample]) -> torch.Tensor:
-        key = (name, grid, rule)
-        if key not in self._steps:
-            sample = self._samples.get((name, grid.axis)) or observe()
-            if sample.width:  # a histogram is small enough to keep
-                self._samples[name, grid.axis] = sample
-            self._steps[key] = SCALE_RULES[rule](sample, grid)
-        return self._steps[key]
-
-
 @contextmanager
 def quantized(plugin: RobustQ, setting: Setting, steps: Steps) -> Iterator[None]:
     """The model as `setting` says, each weight quantized at its first read; afterwards as before, to the bit."""
-    if setting.trained:
-        plugin.check_initialized()
-        yield
-        return
-    if setting.scale == LEARNED:
-        with _learned(plugin, setting):
+    if setting.own:
+        with _own(plugin, setting):
             yield
         return
     with float_model(plugin.sites):
-        for site in plugin.sites:
-            if setting.weights is not None:
-                weight_probe(site).quantize(*steps.weight(site, setting), keep=not is_sharded(site.parameter))
-            if setting.activations is not None and isinstance(input_probe(site), InputProbe):
-                input_probe(site).quantize(*steps.activation(site, setting))
+        steps.apply(setting)
         yield
 
 
 @contextmanager
-def _learned(plugin: RobustQ, setting: Setting) -> Iterator[None]:
-    """The model's own quantizers at other bits, within the clip ranges they have."""
+def _own(plugin: RobustQ, setting: Setting) -> Iterator[None]:
+    """The model's own quantizers: as they are, or at other bits within their clip ranges; with the steps perturbed."""
     plugin.check_initialized()
-    quantizers = [(site, stage) for site in plugin.sites for stage in (*site.weight_stages, *site.activation_stages)]
-    wanted = {"weight": setting.weights, "input": setting.activations}
-    own = {id(stage): (site, stage) for site, stage in quantizers if isinstance(stage, Quantizer)}
+    own = list(quantizers(plugin.sites))
+    wanted: dict[Role, int | None] = {"weight": setting.weights, "input": setting.activations}
     for role, bits in wanted.items():
-        if bits is not None and not any(stage.role == role for _, stage in own.values()):
+        if bits is not None and not any(stage.role == role for stage in own):
             raise ValueError(f"{setting.name}: the model has no {role} quantizers whose steps were learned")
-    enabled = [(stage, stage.enabled) for _, stage in own.values()]
+    moved = setting.ratio != 1 or setting.power_of_two != "no"
+    if moved and plugin.reshaped:
+        raise ValueError(f"{setting.name}: the model's quantizers do more than round by a step: none to perturb")
+    enabled = [stage.enabled for stage in own]
     try:
-        for site, stage in own.values():
-            bits = wanted[stage.role]
-            stage.enabled = bits is not None
-            if bits is not None:
-                stage.set_bits(None if site.name in plugin.edges else bits)
+        for stage in own:
+            if not setting.trained:
+                bits = wanted[stage.role]
+                stage.enabled = bits is not None
+                stage.set_bits(None if bits is None or stage.site in plugin.edges else bits)
+            if moved:
+                stage.change_steps(partial(perturbed, setting=setting))
         yield
     finally:
-        for stage, was in enabled:
+        for stage, was in zip(own, enabled, strict=True):
             stage.enabled = was
             stage.set_bits(None)
 
@@ -135,6 +92,8 @@ def sweep(
     settings: Sequence[Setting | str] = DEFAULT_SETTINGS,
     model: Any = None,
     limit: int = 1 << 30,
+    calibration: Calibration | None = None,
+    seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Measure a model under every setting while reading the data once; returns metrics by the setting's name.
 
@@ -143,6 +102,8 @@ def sweep(
     model     what to call, where it is not `plugin.model` (a DDP or FSDP wrapping of it)
     limit     bytes of batches kept at a time: batches outside, settings inside, a weight quantized once for
               each setting and chunk
+    calibration   training samples for "lapq" and "/bn", never those of `batches`
+    seed      of stochastic rounding
 
     What `predict` returns is kept for every setting until the end: return no more than `metric` needs. The
     model and the global RNGs are left as they were, to the bit. Settings with activations need
@@ -150,13 +111,24 @@ def sweep(
     """
     model = plugin.model if model is None else model
     wanted = parse_settings(settings)
-    plugin.warn_reshaped([setting.name for setting in wanted if not setting.trained and setting.scale != LEARNED])
+    plugin.warn_reshaped([setting.name for setting in wanted if not setting.own])
+    needy = [setting.name for setting in wanted if setting.needs_calibration]
+    if needy and calibration is None:
+        raise ValueError(f"{', '.join(needy)}: these read training samples: pass calibration=")
     outputs: dict[str, list[Any]] = {setting.name: [] for setting in wanted}
-    steps = Steps(plugin)
+    steps = Steps(plugin, model, calibration, seed)
+    statistics: dict[Setting, Statistics] = {}
     with undisturbed(model):
         for chunk in chunked(batches, limit):
+            if any(setting.fold for setting in wanted) and not steps.norms:
+                steps.find_norms(lambda first=chunk[0]: predict(model, first))
             for setting in wanted:
-                with quantized(plugin, setting, steps):
+                with quantized(plugin, setting, steps), ExitStack() as stack:
+                    if setting.reestimate:
+                        if setting not in statistics:
+                            assert calibration is not None
+                            statistics[setting] = reestimated(plugin.model, partial(calibration.mean_loss, model))
+                        stack.enter_context(with_statistics(plugin.model, statistics[setting]))
                     outputs[setting.name] += [predict(model, batch) for batch in chunk]
     if not any(outputs.values()):
         raise ValueError("the evaluation set is empty: give at least one batch")

@@ -1,0 +1,193 @@
+"""What every tensor gets in each setting of a sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hf_robustq import distributed
+from hf_robustq.calibrate import activation_grid, input_probe, weight_probe, weight_sample
+from hf_robustq.grid import Grid
+from hf_robustq.plugin import RobustQ
+from hf_robustq.quantizers import InputProbe, Role, WeightProbe
+from hf_robustq.scales import CODEBOOK_RULES, SCALE_RULES, Codebook, Sample, mse
+from hf_robustq.sharded import is_sharded
+from hf_robustq.sites import Site
+from hf_robustq.sweep.batch_norm import followers, gain
+from hf_robustq.sweep.lapq import lapq
+from hf_robustq.sweep.mapping import Mapping, asymmetric, by_codebook, corrected, folded, uniform
+from hf_robustq.sweep.settings import LAPQ, Setting
+
+Target = tuple[Site, Role]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Training samples that some settings read: "lapq", and the re-estimation of batch norms.
+
+    batches   read again and again
+    loss      `loss(model, batch) -> the task's loss`, a mean over the batch; run without gradients in evaluation mode
+    iterations, evaluations   of LAPQ's search
+    """
+
+    batches: Sequence[Any]
+    loss: Callable[[Any, Any], Any]
+    iterations: int = 2
+    evaluations: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.batches:
+            raise ValueError("the calibration set is empty: give at least one batch of training data")
+
+    def mean_loss(self, model: Any) -> float:
+        losses = [torch.as_tensor(self.loss(model, batch)).detach().float() for batch in self.batches]
+        mean = torch.stack(losses).mean()
+        distributed.broadcast([mean])  # so that all ranks search alike
+        return float(mean)
+
+
+def perturbed(scale: Tensor, setting: Setting) -> Tensor:
+    """The steps as the setting changes them: to a power of two, then by the ratio.
+
+    Nearest in the log domain, the power turns at sqrt(2) * 2^n; in the value domain at 1.5 * 2^n.
+    """
+    if setting.power_of_two == "log":
+        scale = torch.exp2(torch.round(torch.log2(scale)))
+    elif setting.power_of_two == "value":
+        below = torch.exp2(torch.floor(torch.log2(scale)))
+        scale = torch.where(scale < 1.5 * below, below, 2 * below)
+    return scale * setting.ratio
+
+
+class Steps:
+    """Searches steps and codebooks, each once per sweep: of the stored weights, and of the inputs calibration saw.
+
+    model         what to call, where it is not the plugin's own (a wrapping of it)
+    calibration   for the settings that read training samples
+    seed          of stochastic rounding
+    """
+
+    def __init__(
+        self, plugin: RobustQ, model: Any = None, calibration: Calibration | None = None, seed: int = 0
+    ) -> None:
+        self.plugin = plugin
+        self.model = plugin.model if model is None else model
+        self.calibration, self.seed = calibration, seed
+        self._samples: dict[tuple[str, Role, int | None, bool], Sample] = {}
+        self._chosen: dict[tuple[str, Role, Grid, str, bool], Tensor | Codebook] = {}
+        self._searched: dict[Setting, list[Tensor]] = {}
+        self.norms: dict[str, _BatchNorm] = {}
+
+    def find_norms(self, run: Callable[[], Any]) -> None:
+        """Find the batch norm that follows each layer, for settings that fold, by a forward pass `run()`."""
+        self.norms = followers(self.plugin.model, self.plugin.sites, run)
+        if not self.norms:
+            raise ValueError("no quantized layer of the model is followed by a batch norm: drop /fold")
+
+    def targets(self, setting: Setting) -> list[Target]:
+        """What a setting quantizes."""
+        sites = self.plugin.sites
+        weights: list[Target] = [(site, "weight") for site in sites if setting.weights]
+        inputs: list[Target] = [(s, "input") for s in sites if isinstance(input_probe(s), InputProbe)]
+        return weights + (inputs if setting.activations else [])
+
+    def apply(self, setting: Setting) -> None:
+        """Set every probe as the setting says."""
+        searched = self._lapq(setting.steps) if setting.scale == LAPQ else None
+        for i, target in enumerate(self.targets(setting)):
+            self._apply(target, setting, self._choose(target, setting) if searched is None else searched[i])
+
+    def _apply(self, target: Target, setting: Setting, chosen: Tensor | Codebook) -> None:
+        site, role = target
+        grid = self._grid(target, setting)
+        probe = weight_probe(site) if role == "weight" else input_probe(site)
+        if setting.plain and isinstance(chosen, Tensor):
+            probe.quantize(grid, perturbed(chosen, setting))
+        else:
+            probe.map(self._mapping(target, setting, grid, chosen))
+        if isinstance(probe, WeightProbe):
+            probe.keep = not is_sharded(site.parameter)
+
+    def _mapping(self, target: Target, setting: Setting, grid: Grid, chosen: Tensor | Codebook) -> Mapping:
+        site, role = target
+        if isinstance(chosen, Codebook):
+            mapping = by_codebook(chosen.scaled(setting.ratio), grid.axis)
+        else:
+            low, high = (torch.tensor([float(end)], device=chosen.device) for end in (grid.low, grid.high))
+            if setting.asymmetric:
+                chosen, low, high = asymmetric(self._sample(target, setting, grid.axis), grid, chosen)
+            steps, name = perturbed(chosen, setting), f"{role} {site.name}"
+            mapping = uniform(steps, low, high, grid.axis, setting.rounding, setting.overflow, name, self.seed)
+        if role == "input":
+            return mapping
+        if (factor := self._gain(site, setting)) is not None:
+            mapping = folded(mapping, factor, site.axis)
+        if setting.correction != "none":
+            mapping = corrected(mapping, site.axis, variance=setting.correction == "variance")
+        return mapping
+
+    def _grid(self, target: Target, setting: Setting) -> Grid:
+        site, role = target
+        bits = 8 if site.name in self.plugin.edges else setting.weights if role == "weight" else setting.activations
+        assert bits is not None
+        if role == "input":
+            return activation_grid(bits, self._sample(target, setting, None))
+        return Grid(bits=bits, narrow=not setting.full, axis=site.axis if setting.per_channel else None)
+
+    def _choose(self, target: Target, setting: Setting) -> Tensor | Codebook:
+        site, role = target
+        grid = self._grid(target, setting)
+        key = (site.name, role, grid, setting.scale, setting.fold)
+        if key not in self._chosen:
+            rule = {**SCALE_RULES, **CODEBOOK_RULES}[setting.scale]
+            self._chosen[key] = rule(self._sample(target, setting, grid.axis), grid)
+        return self._chosen[key]
+
+    def _sample(self, target: Target, setting: Setting, axis: int | None) -> Sample:
+        site, role = target
+        key = (site.name, role, axis, setting.fold)
+        if key in self._samples:
+            return self._samples[key]
+        if role == "weight":
+            sample = weight_sample(site, axis, self._gain(site, setting))
+        else:
+            probe = input_probe(site)
+            assert isinstance(probe, InputProbe)
+            sample = probe.sample()
+        if sample.width:  # a histogram is small enough to keep
+            self._samples[key] = sample
+        return sample
+
+    def _gain(self, site: Site, setting: Setting) -> Tensor | None:
+        """What the batch norm after a layer multiplies its channels by, where it is folded."""
+        norm = self.norms.get(site.name) if setting.fold else None
+        return None if norm is None else gain(norm)
+
+    def _lapq(self, setting: Setting) -> list[Tensor]:
+        """The steps of all targets, searched together."""
+        if setting in self._searched:
+            return self._searched[setting]
+        assert self.calibration is not None
+        calibration, targets = self.calibration, self.targets(setting)
+        grids = [self._grid(target, setting) for target in targets]
+        now: list[Tensor | None] = [None] * len(targets)
+
+        def start(p: float) -> list[Tensor]:
+            known = [self._sample(t, setting, grid.axis) for t, grid in zip(targets, grids, strict=True)]
+            return [mse(sample, grid, p) for sample, grid in zip(known, grids, strict=True)]
+
+        def loss(steps: Sequence[Tensor]) -> float:
+            for i, step in enumerate(steps):
+                before = now[i]
+                if before is None or not torch.equal(before, step):  # the others' weights need no quantizing anew
+                    self._apply(targets[i], setting, step)
+                    now[i] = step
+            return calibration.mean_loss(self.model)
+
+        self._searched[setting] = lapq(start, loss, calibration.iterations, calibration.evaluations)
+        return self._searched[setting]
