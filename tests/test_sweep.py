@@ -35,6 +35,25 @@ def mean_logit(outputs):
         ("w4a8", Setting(weights=4, activations=8)),
         ("w3@absmax", Setting(weights=3, scale="absmax")),
         ("w3@mse/channel", Setting(weights=3, per_channel=True)),
+        ("fp/bn", Setting(reestimate=True)),
+        ("trained/x0.9", Setting(trained=True, ratio=0.9)),
+        ("w4a8@learned/pow2", Setting(weights=4, activations=8, scale="learned", power_of_two="log")),
+        ("w4@kmeans/channel/bc", Setting(weights=4, scale="kmeans", per_channel=True, correction="mean")),
+        (
+            "w4a4@lapq/asym/fold/bcv/pow2v/floor/wrap/x1.25",
+            Setting(
+                weights=4,
+                activations=4,
+                scale="lapq",
+                asymmetric=True,
+                fold=True,
+                correction="variance",
+                power_of_two="value",
+                rounding="floor",
+                overflow="wrap",
+                ratio=1.25,
+            ),
+        ),
     ],
 )
 def test_settings_are_read_and_written(text, expected):
@@ -44,6 +63,28 @@ def test_settings_are_read_and_written(text, expected):
 @pytest.mark.parametrize("text", ["", "w", "x4", "w1", "w17", "a99", "w4@nothing", "W4"])
 def test_settings_that_make_no_sense_are_refused(text):
     with pytest.raises(ValueError, match="cannot read|from 2 to 16|unknown scale"):
+        Setting.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("w4@mse/chanel", "unknown modifier /chanel in .*: known: x0.9, channel"),
+        ("w4@mse/floor/stochastic", "says /stochastic besides another of its kind"),
+        ("w4@mse/x0", "ratio must be positive"),
+        ("w9@kmeans", "kmeans takes at most 8 bits"),
+        ("w4@log2/floor", "/floor is for evenly spaced levels"),
+        ("w4a4@dorefa", "dorefa is for weights"),
+        ("w4@aciq_levels", "add /channel"),
+        ("a4@mse/bc", "/bc is for weights"),
+        ("w4@learned/floor", "/floor does not go with the model's own quantizers"),
+        ("trained/fold", "/fold does not go with"),
+        ("fp/x0.9", "/x0.9 needs bits"),
+        ("w4@mse/fold/bn", "drop /fold or /bn"),
+    ],
+)
+def test_settings_that_contradict_themselves_are_refused(text, why):
+    with pytest.raises(ValueError, match=why):
         Setting.parse(text)
 
 
@@ -85,6 +126,83 @@ def test_learned_steps_at_other_bits_keep_their_clip_range(config, first_last):
                     mine.offset.copy_(theirs.offset)
         expected = sweep(twin, batches, predict, mean_logit, ["trained"])["trained"]
         assert rows[name]["mean"] == pytest.approx(expected["mean"], rel=1e-5)
+
+
+@pytest.mark.parametrize("config", LEARNED[:2], ids=["lsq", "lsq per channel"])
+def test_the_models_own_steps_times_a_ratio(config):
+    """Against a copy whose learned steps were multiplied."""
+    model, batches = model_and_batches()
+    plugin = RobustQ(model, {**config, "first_last": 8})
+    plugin.calibrate(batches, run)
+    state = copy.deepcopy(model.state_dict())
+    settings = ["trained", "trained/x0.8", "w6a2@learned/x0.8", "trained/pow2"]
+    rows = sweep(plugin, batches, predict, mean_logit, settings)
+    assert len({row["mean"] for row in rows.values()}) == 4
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert sweep(plugin, batches, predict, mean_logit, ["trained"])["trained"] == rows["trained"]
+    with torch.no_grad():
+        for quantizer in quantizers(plugin.sites):
+            quantizer.scale.mul_(0.8)
+    other = sweep(plugin, batches, predict, mean_logit, ["trained", "w6a2@learned"])
+    assert rows["trained/x0.8"]["mean"] == pytest.approx(other["trained"]["mean"], rel=1e-5)
+    assert rows["w6a2@learned/x0.8"]["mean"] == pytest.approx(other["w6a2@learned"]["mean"], rel=1e-5)
+    with torch.no_grad():
+        for quantizer in quantizers(plugin.sites):
+            quantizer.scale.div_(0.8).log2_().round_().exp2_()
+    powers = sweep(plugin, batches, predict, mean_logit, ["trained"])["trained"]
+    assert rows["trained/pow2"]["mean"] == pytest.approx(powers["mean"], rel=1e-5)
+
+
+def test_reshaped_weights_have_no_steps_to_perturb():
+    model, batches = model_and_batches()
+    plugin = RobustQ(model, {"weights": {"method": "dorefa", "bits": 4}})
+    plugin.calibrate(batches, run)
+    with pytest.raises(ValueError, match="trained/x0.9: the model's quantizers do more than round"):
+        sweep(plugin, batches, predict, mean_logit, ["trained/x0.9"])
+
+
+def test_perturbed_settings_are_what_perturbing_by_hand_gives():
+    """Weights overwritten by the formula, integers kept, one setting at a time."""
+    from hf_robustq import Grid
+
+    model, batches = model_and_batches()
+    plain = copy.deepcopy(model)
+    plugin = RobustQ(model, {})
+    names = [site.name for site in plugin.sites]
+
+    def by_hand(change, round_=torch.round, low=-7, high=7):
+        twin = copy.deepcopy(plain)
+        with torch.no_grad():
+            for name in names:
+                w = twin.get_parameter(name)
+                scale = change(mse(Sample.of(w), Grid(bits=4, narrow=low == -7))).float()
+                w.copy_(round_(w / scale).clamp(low, high) * scale)
+            return mean_logit([predict(twin, batch) for batch in batches])["mean"]
+
+    expected = {
+        "w4@mse/x0.8": by_hand(lambda s: s * 0.8),
+        "w4@mse/pow2": by_hand(lambda s: 2.0 ** s.log2().round()),
+        "w4@mse/floor": by_hand(lambda s: s, torch.floor),
+        "w4@mse/full": by_hand(lambda s: s, low=-8),
+    }
+    rows = sweep(plugin, batches, predict, mean_logit, [*expected, "w4@mse/unclipped", "w4@mse/stochastic"])
+    for name, value in expected.items():
+        assert rows[name]["mean"] == pytest.approx(value, rel=1e-4), name
+    assert len({row["mean"] for row in rows.values()}) == 6
+    again = sweep(plugin, batches, predict, mean_logit, ["w4@mse/stochastic"])
+    assert again["w4@mse/stochastic"] == rows["w4@mse/stochastic"]
+    other = sweep(plugin, batches, predict, mean_logit, ["w4@mse/stochastic"], seed=1)
+    assert other["w4@mse/stochastic"] != rows["w4@mse/stochastic"]
+
+
+def test_every_codebook_and_modifier_runs_on_inputs_too():
+    model, batches = model_and_batches(2)
+    plugin = RobustQ(model, {})
+    plugin.observe(batches, run, activations=True)
+    settings = ["w4a4", *(f"w4a4@{rule}" for rule in ("kmeans", "log2", "aciq_laplace", "percentile"))]
+    settings += [f"w4a4@mse/{m}" for m in ("asym", "pow2", "x0.9", "floor", "stochastic", "wrap", "unclipped")]
+    rows = sweep(plugin, batches, predict, mean_logit, settings)
+    assert len({row["mean"] for row in rows.values()}) == len(settings)
 
 
 def test_a_reshaped_weight_read_without_its_quantizer_is_warned_of(caplog):

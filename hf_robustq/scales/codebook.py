@@ -41,7 +41,7 @@ class Codebook(NamedTuple):
     def quantize(self, x: Tensor, axis: int | None) -> Tensor:
         """`x` on the levels, a row for each entry of `axis`; the same shape and dtype."""
         rows = x[None] if axis is None else x.movedim(axis, 0)
-        flat = rows.reshape(rows.size(0), -1).float()
+        flat = rows.reshape(rows.size(0), -1).float().contiguous()
         codes = torch.searchsorted(self.thresholds.to(flat), flat)
         found = self.levels.to(flat).gather(1, codes).view(rows.shape).to(x.dtype)
         return found[0] if axis is None else found.movedim(0, axis)
@@ -67,28 +67,44 @@ def log2(sample: Sample, grid: Grid) -> Codebook:
 
 
 def kmeans(sample: Sample, grid: Grid, iterations: int = 100, tolerance: float = 1e-5) -> Codebook:
-    """2^bits levels at the centres of 1-D clusters: Lloyd's algorithm from the levels of `mse`, whose error it lowers.
+    """2^bits levels at the centres of 1-D clusters, by Lloyd's algorithm.
 
-    Exact zeros count like every element; an empty cluster keeps its centre. Stops where no centre moves by more than
-    `tolerance` of the largest element.
+    Started from the levels of `mse`, whose error it then lowers, and from quantiles of the cube root of the density (the
+    best for many levels); the better of the two is taken. Exact zeros count like every element; an empty cluster keeps
+    its centre. Stops where no centre moves by more than `tolerance` of the largest element.
     """
     values, counts = sample.values, sample.counts[:, : sample.values.size(1)]
     if sample.counts.size(1) > values.size(1):
         values = torch.cat([values, torch.zeros_like(values[:, :1])], 1)
         counts = torch.cat([counts, sample.zeros[:, None]], 1)
+    values, order = values.sort(1)
+    counts = counts.gather(1, order)
     grid = Grid(bits=grid.bits, signed=grid.signed, axis=grid.axis)
-    centres = mse(sample, grid)[:, None] * torch.arange(grid.low, grid.high + 1, device=values.device)
+    even = mse(sample, grid)[:, None] * torch.arange(grid.low, grid.high + 1, device=values.device)
+    below = (counts ** (1 / 3)).cumsum(1)
+    wanted = (torch.arange(grid.levels, device=values.device) + 0.5) / grid.levels * below[:, -1:]
+    spread = values.gather(1, torch.searchsorted(below, wanted).clamp(max=values.size(1) - 1))
+    limit = tolerance * sample.absmax
+    found = [_lloyd(values, counts, start, iterations, limit) for start in (even, spread)]
+    errors = [(counts * (_assigned(values, centres) - values) ** 2).sum(1, keepdim=True) for centres in found]
+    return Codebook.nearest(torch.where(errors[1] < errors[0], found[1], found[0]))
+
+
+def _assigned(values: Tensor, centres: Tensor) -> Tensor:
+    return centres.gather(1, torch.searchsorted(Codebook.nearest(centres).thresholds, values))
+
+
+def _lloyd(values: Tensor, counts: Tensor, centres: Tensor, iterations: int, limit: Tensor) -> Tensor:
     for _ in range(iterations):
-        book = Codebook.nearest(centres)
-        owner = torch.searchsorted(book.thresholds, values.contiguous())
+        owner = torch.searchsorted(Codebook.nearest(centres).thresholds, values)
         mass = torch.zeros_like(centres).scatter_add_(1, owner, counts)
         moment = torch.zeros_like(centres).scatter_add_(1, owner, counts * values)
         moved = torch.where(mass > 0, moment / mass.clamp(min=1), centres)
-        settled = bool(((moved - centres).abs().amax(1) <= tolerance * sample.absmax).all())
+        settled = bool(((moved - centres).abs().amax(1) <= limit).all())
         centres = moved.sort(1).values
         if settled:
             break
-    return Codebook.nearest(centres)
+    return centres
 
 
 def dorefa(sample: Sample, grid: Grid) -> Codebook:

@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalPrediction
 from hf_robustq.plugin import RobustQ
 from hf_robustq.sweep import (
     DEFAULT_SETTINGS,
+    Calibration,
     Row,
     Setting,
     Sweep,
@@ -52,7 +53,7 @@ class BitWidthSweepCallback(TrainerCallback):
     max_samples   on a fixed random subset of that many samples (said in each row)
     metric        what robustness and worst are of; default: see `main_metric`
     greater_is_better   default: yes, unless the metric is a loss
-    calibration_dataset   training samples, with the evaluation transform, for activation steps;
+    calibration_dataset   training samples, with the evaluation transform, for activation steps, "lapq" and "/bn";
                   default: the Trainer's training set
     limit         bytes of batches kept at a time
 
@@ -139,11 +140,16 @@ class BitWidthSweepCallback(TrainerCallback):
         """Sweep over a prepared dataloader; returns the rows."""
         trainer, plugin = self.trainer, self.plugin
         context: dict[str, Any] = {"seed": trainer.args.seed}
-        if any(setting.activations for setting in self.settings):
+        calibration = None
+        if any(setting.activations or setting.needs_calibration for setting in self.settings):
             dataset = self.calibration_dataset if self.calibration_dataset is not None else trainer.train_dataset
             samples = plugin.config.calibration_samples
             batches = list(calibration_batches(trainer, dataset, samples, plugin.config.seed))
-            plugin.observe(batches, forward(trainer), activations=True)
+            if any(setting.activations for setting in self.settings):
+                plugin.observe(batches, forward(trainer), activations=True)
+            if any(setting.needs_calibration for setting in self.settings):
+                run = forward(trainer)
+                calibration = Calibration(batches, lambda model, batch: run(model, batch)[0])
             context["calibration_samples"] = sum(map(count_rows, batches))
         dataloader, batches, subset = self._subset(dataloader)
         try:
@@ -160,6 +166,8 @@ class BitWidthSweepCallback(TrainerCallback):
                 self.settings,
                 model=trainer.model,
                 limit=self.limit,
+                calibration=calibration,
+                seed=plugin.config.seed,
             )
         rows = []
         for s in self.settings:
