@@ -43,8 +43,9 @@ def table(sweeps: Mapping[str, Sweep], metric: str) -> str:
 
 def title(setting: str) -> str:
     """`w4a8` as W4/A8, `w4` as W4, `fp` as FP: what a column is headed with."""
-    if setting in ("fp", "trained"):
-        return setting.upper() if setting == "fp" else setting
+    head, slash, rest = setting.partition("/")
+    if head in ("fp", "trained"):
+        return (head.upper() if head == "fp" else head) + slash + rest
     bits, _, how = setting.partition("@")
     return bits.upper().replace("A", "/A") + (f" {how}" if how else "")
 

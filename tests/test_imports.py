@@ -27,12 +27,16 @@ ALLOWED = {
         "sharded", "sites", "telemetry",
     },
     "hub": {"calibrate", "config", "plugin", "quantizers", "sharded"},
-    "sweep": {"calibrate", "grid", "plugin", "quantizers", "scales", "sharded", "sites", "sweep"},
+    "sweep": {"calibrate", "distributed", "grid", "plugin", "quantizers", "scales", "sharded", "sites", "sweep"},
     "card": {"sweep"},
     "data": {"data"},
     "metrics": set(),
     "models": {"models"},
     "trainer": {"calibrate", "card", "config", "distributed", "plugin", "schedules", "sweep", "trainer"},
+    "cli": {
+        "__version__", "card", "cli", "config", "data", "hub", "metrics", "plugin", "quantizers", "recipe", "regularizers", "scales",
+        "sweep", "trainer",
+    },
     "recipe": {"card", "config", "data", "metrics", "models", "sweep", "trainer"},
 }  # fmt: skip
 

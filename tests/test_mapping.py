@@ -86,7 +86,7 @@ def test_an_asymmetric_range_keeps_within_the_clip_of_the_rule():
     x = torch.cat([normal(5000), torch.tensor([9.0])])
     grid = Grid(bits=3)
     clip = mse(Sample.of(x), grid)
-    step, low, high = asymmetric(Sample.of(x), grid, clip)
+    step, _, high = asymmetric(Sample.of(x), grid, clip)
     assert float(high * step) <= float(clip * grid.high) + float(step) < 9.0
     one_sided = Grid(bits=3, signed=False)
     sample = Sample.of(x.relu())

@@ -56,6 +56,21 @@ def _kind(feature: object) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
+def load_splits(
+    name_or_folder: str, config_name: str | None, train_split: str, eval_split: str | None
+) -> tuple["datasets.Dataset", "datasets.Dataset"]:
+    """(train, eval) of a hub dataset or a folder; `eval_split` defaults to the first of validation, valid and test."""
+    import datasets
+
+    splits = datasets.load_dataset(name_or_folder, config_name)
+    eval_split = eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
+    for split, flag in ((train_split, "--train_split"), (eval_split, "--eval_split")):
+        if split not in splits:
+            missing = f"no split {split!r}" if split else f"none of the splits {', '.join(EVAL_SPLITS)}"
+            raise ValueError(f"{name_or_folder} has {missing}: choose with {flag} from {', '.join(map(str, splits))}.")
+    return splits[train_split], splits[eval_split]
+
+
 def load_image_splits(
     name_or_folder: str,
     *,
@@ -71,21 +86,13 @@ def load_image_splits(
     "0", "1", ... up to the largest integer label of the train split.
     Raises ValueError if a split or a column is missing.
     """
-    import datasets
-
-    splits = datasets.load_dataset(name_or_folder, config_name)
-    eval_split = eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
-    for split, flag in ((train_split, "--train_split"), (eval_split, "--eval_split")):
-        if split not in splits:
-            missing = f"no split {split!r}" if split else f"none of the splits {', '.join(EVAL_SPLITS)}"
-            raise ValueError(f"{name_or_folder} has {missing}: choose with {flag} from {', '.join(map(str, splits))}.")
-    train, evaluation = splits[train_split], splits[eval_split]
+    train, evaluation = load_splits(name_or_folder, config_name, train_split, eval_split)
     image, label = find_columns(train.features, image, label)
     find_columns(evaluation.features, image, label)
-    return train, evaluation, image, label, _label_names(train, label)
+    return train, evaluation, image, label, label_names(train, label)
 
 
-def _label_names(dataset: "datasets.Dataset", label: str) -> list[str]:
+def label_names(dataset: "datasets.Dataset", label: str) -> list[str]:
     import datasets
 
     feature = dataset.features[label]

@@ -1,4 +1,4 @@
-"""DoReFa (arXiv 1606.06160)."""
+"""DoReFa: weights squashed by tanh, inputs clamped to [0, 1], nothing to learn (arXiv 1606.06160)."""
 
 from __future__ import annotations
 

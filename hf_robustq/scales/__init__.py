@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_robustq.grid import Grid
 from hf_robustq.scales.absmax import absmax
-from hf_robustq.scales.aciq import aciq_gauss, aciq_laplace
+from hf_robustq.scales.aciq import aciq, aciq_gauss, aciq_laplace
 from hf_robustq.scales.codebook import CODEBOOK_RULES, Codebook, CodebookRule, dorefa, kmeans, log2
 from hf_robustq.scales.lsq import lsq, lsq_plus
 from hf_robustq.scales.mse import mse, quantization_error
@@ -21,6 +21,7 @@ ScaleRule = Callable[[Sample, Grid], Tensor]
 
 SCALE_RULES: dict[str, ScaleRule] = {
     "absmax": absmax,
+    "aciq": aciq,
     "aciq_gauss": aciq_gauss,
     "aciq_laplace": aciq_laplace,
     "lsq": lsq,
@@ -37,6 +38,7 @@ __all__ = [
     "Sample",
     "ScaleRule",
     "absmax",
+    "aciq",
     "aciq_gauss",
     "aciq_laplace",
     "dorefa",

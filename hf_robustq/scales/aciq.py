@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_robustq.grid import Grid
 from hf_robustq.scales.absmax import absmax
+from hf_robustq.scales.mse import quantization_error
 from hf_robustq.scales.sample import Sample
 
 
@@ -80,6 +81,13 @@ def aciq_gauss(sample: Sample, grid: Grid) -> Tensor:
 
 
 def aciq_laplace(sample: Sample, grid: Grid) -> Tensor:
-    """The same for a Laplace distribution, b = E|x - mean|."""
+    """The step that is best for a Laplace distribution of the same mean and mean absolute deviation."""
     mean, _, deviation = moments(sample)
     return _step(sample, grid, deviation, mean, laplace_clip)
+
+
+def aciq(sample: Sample, grid: Grid) -> Tensor:
+    """The better of `aciq_gauss` and `aciq_laplace` on these very elements."""
+    steps = aciq_gauss(sample, grid), aciq_laplace(sample, grid)
+    errors = [quantization_error(sample, step, grid) for step in steps]
+    return torch.where(errors[1] < errors[0], steps[1], steps[0])

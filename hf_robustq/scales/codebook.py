@@ -69,9 +69,10 @@ def log2(sample: Sample, grid: Grid) -> Codebook:
 def kmeans(sample: Sample, grid: Grid, iterations: int = 100, tolerance: float = 1e-5) -> Codebook:
     """2^bits levels at the centres of 1-D clusters, by Lloyd's algorithm.
 
-    Started from the levels of `mse`, whose error it then lowers, and from quantiles of the cube root of the density (the
-    best for many levels); the better of the two is taken. Exact zeros count like every element; an empty cluster keeps
-    its centre. Stops where no centre moves by more than `tolerance` of the largest element.
+    Started from the levels of `mse`, whose error it then lowers, and from quantiles of the cube root of the
+    density (the best for many levels); the better of the two is taken. Exact zeros count like every
+    element; an empty cluster keeps its centre. Stops where no centre moves by more than `tolerance` of the largest
+    element.
     """
     values, counts = sample.values, sample.counts[:, : sample.values.size(1)]
     if sample.counts.size(1) > values.size(1):
@@ -137,9 +138,9 @@ def allocate(deviation: Tensor, bits: int) -> Tensor:
 
 
 def aciq_levels(sample: Sample, grid: Grid) -> Codebook:
-    """ACIQ with per-channel bit allocation: `allocate`d levels, evenly spaced over mean +- alpha for a normal density.
+    """ACIQ with per-channel bit allocation (arXiv 1810.05723): `allocate`d levels, evenly spaced over mean +- alpha.
 
-    alpha is that of log2(levels) bits. Raises `ValueError` for one row, where there is nothing to allocate.
+    alpha is that of log2(levels) bits for a normal density. Raises `ValueError` for one row: nothing to allocate.
     """
     if grid.axis is None:
         raise ValueError("aciq_levels shares levels out among channels: add /channel")

@@ -32,13 +32,12 @@ class Calibration:
 
     batches   read again and again
     loss      `loss(model, batch) -> the task's loss`, a mean over the batch; run without gradients in evaluation mode
-    iterations, evaluations   of LAPQ's search
+    iterations   rounds of LAPQ's search over all tensors
     """
 
     batches: Sequence[Any]
     loss: Callable[[Any, Any], Any]
     iterations: int = 2
-    evaluations: int | None = None
 
     def __post_init__(self) -> None:
         if not self.batches:
@@ -189,5 +188,5 @@ class Steps:
                     now[i] = step
             return calibration.mean_loss(self.model)
 
-        self._searched[setting] = lapq(start, loss, calibration.iterations, calibration.evaluations)
+        self._searched[setting] = lapq(start, loss, calibration.iterations)
         return self._searched[setting]

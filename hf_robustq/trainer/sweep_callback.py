@@ -56,6 +56,7 @@ class BitWidthSweepCallback(TrainerCallback):
     calibration_dataset   training samples, with the evaluation transform, for activation steps, "lapq" and "/bn";
                   default: the Trainer's training set
     limit         bytes of batches kept at a time
+    lapq_iterations   rounds of LAPQ's search, at every sweep anew
 
     The predictions of every setting are kept until the end of a set: give the Trainer a
     `preprocess_logits_for_metrics` that keeps only what `compute_metrics` needs.
@@ -72,6 +73,7 @@ class BitWidthSweepCallback(TrainerCallback):
         greater_is_better: bool | None = None,
         calibration_dataset: Any = None,
         limit: int = 1 << 30,
+        lapq_iterations: int = 2,
     ) -> None:
         self.trainer = trainer
         plugin = plugin if plugin is not None else getattr(trainer, "robustq", None)
@@ -82,7 +84,7 @@ class BitWidthSweepCallback(TrainerCallback):
         self.every, self.max_samples = every, max_samples
         self.metric, self.greater_is_better = metric, greater_is_better
         self.calibration_dataset = calibration_dataset
-        self.limit = limit
+        self.limit, self.lapq_iterations = limit, lapq_iterations
         self.file = Path(str(trainer.args.output_dir)) / SWEEP_FILE
         self.sweeps: list[Sweep] = []
         self._told = False
@@ -149,7 +151,7 @@ class BitWidthSweepCallback(TrainerCallback):
                 plugin.observe(batches, forward(trainer), activations=True)
             if any(setting.needs_calibration for setting in self.settings):
                 run = forward(trainer)
-                calibration = Calibration(batches, lambda model, batch: run(model, batch)[0])
+                calibration = Calibration(batches, lambda model, batch: run(model, batch)[0], self.lapq_iterations)
             context["calibration_samples"] = sum(map(count_rows, batches))
         dataloader, batches, subset = self._subset(dataloader)
         try:

@@ -1,0 +1,5 @@
+"""The command line: `robustq sweep`, `robustq methods`."""
+
+from hf_robustq.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,240 @@
+"""`robustq sweep`: saved models under every quantizer they may meet.
+
+    robustq sweep outputs/kure --data <cifar10 folder> --bits 8 6 5 4 3 2 --methods mse aciq lapq --out sweeps/kure
+    robustq sweep resnet20_cifar --weights <file> --data <cifar10 folder> --bits 4 3 --steps 0.7:1.3 --out sweeps/steps
+    robustq sweep outputs/float outputs/kure --data <cifar10 folder> --settings w4 w4@log2 w4@kmeans --out sweeps/all
+
+Each --bits is crossed with each of --methods, --also and --steps; --settings are added as they are. The folder gets
+rows.json, rows.csv, rows.parquet (a row for each model and setting, with the seed and the calibration set) and
+table.md: models down, settings across, so with models trained for different quantizers the transfer matrix. What is
+measured already is not measured again: the same command goes on after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_robustq.card import table
+from hf_robustq.cli.tasks import Task, load_task
+from hf_robustq.config import RobustQConfig
+from hf_robustq.plugin import RobustQ
+from hf_robustq.sweep import Row, Setting, Sweep, parse_settings
+
+IDENTITY = ("data", "weights", "calibration_split", "eval_split", "calibration_samples", "max_samples", "seed")
+"""The arguments that rows of one folder have in common."""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    head, _, rest = (__doc__ or "").partition("\n")
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(
+        "sweep", help="measure saved models at any bit-width", description=head, epilog=rest, formatter_class=plain
+    )
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="folder, Hub id, or timm architecture (with --weights)")
+    add("--data", help="Hub id or folder of the dataset; default, for images: the embedded digits")
+    add("--out", required=True, type=Path, help="folder for the rows")
+    add("--bits", nargs="*", default=[], metavar="B", help="4: weights; w4a8: weights and inputs; a8: inputs")
+    add("--methods", nargs="*", default=["mse"], metavar="M", help="see robustq methods; default: mse")
+    add(
+        "--also",
+        nargs="*",
+        default=[],
+        metavar="X",
+        help="each with these modifiers too: bc, bn, channel/bc",
+    )
+    add("--steps", metavar="LOW:HIGH[:N]", help="each also at N step ratios, 9 by default")
+    add("--settings", nargs="*", default=[], metavar="S", help="w4@kmeans/channel, trained, w6@learned/x0.9, ...")
+    add("--weights", help=".safetensors file for an architecture")
+    add("--first_last", default="float", help="first and last layer of a model without quantizers: float, 8 or same")
+    add("--lapq_iterations", type=int, default=2, help="rounds of LAPQ's search over all tensors")
+    add("--calibration_split", default="train")
+    add("--calibration_samples", type=int, default=512)
+    add("--eval_split", help="default: validation, valid or test")
+    add("--max_samples", type=int, help="measure on a random subset of that many")
+    add("--batch_size", type=int, default=128)
+    add("--seed", type=int, default=0, help="of the calibration set and of stochastic rounding")
+    add("--image_column_name")
+    add("--label_column_name")
+    add("--text_column_name", nargs="+", default=[])
+    add("--image_size", type=int)
+    add("--block_size", type=int, default=512, help="tokens of a language model's sample")
+    add("--force", action="store_true", help="calibrate on the evaluation split all the same")
+    return parser
+
+
+def ratios(text: str) -> list[float]:
+    """`0.8:1.2` or `0.8:1.2:5`: that many step ratios, evenly spaced (9 where it does not say)."""
+    match = re.fullmatch(r"(\d+\.?\d*):(\d+\.?\d*)(?::(\d+))?", text)
+    if match is None or not 0 < float(match[1]) < float(match[2]) or int(match[3] or 9) < 2:
+        raise ValueError(f"--steps takes LOW:HIGH or LOW:HIGH:N with N at least 2, such as 0.8:1.2:5, got {text!r}")
+    low, high, count = float(match[1]), float(match[2]), int(match[3] or 9)
+    return [round(low + (high - low) * i / (count - 1), 6) for i in range(count)]
+
+
+def settings_of(args: argparse.Namespace) -> list[Setting]:
+    """What is to be measured: the float model first, each setting once."""
+    perturbed = [f"/x{ratio:g}" for ratio in ratios(args.steps) if ratio != 1] if args.steps else []
+    texts = ["fp"]
+    for bits in args.bits:
+        bits = f"w{bits}" if bits.isdigit() else bits.lower()
+        for method in args.methods:
+            for more in ("", *(f"/{modifier}" for modifier in args.also)):
+                texts += [f"{bits}@{method}{more}{ratio}" for ratio in ("", *perturbed)]
+    found = [Setting.parse(text) for text in (*texts, *args.settings)]
+    return list(dict.fromkeys(found))
+
+
+def groups(settings: Sequence[Setting]) -> list[list[Setting]]:
+    """Settings measured together, the data read once: those of one method; of LAPQ, those of one search."""
+    found: dict[Any, list[Setting]] = {}
+    for setting in settings:
+        key = setting.steps if setting.scale == "lapq" else "own" if setting.own else setting.scale
+        found.setdefault(key, []).append(setting)
+    return list(found.values())
+
+
+class Records:
+    """The rows of a folder: read where it was begun, written whole after each group.
+
+    Raises `ValueError` for a folder of something else.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder, self.identity = folder, identity
+        self.rows: list[dict[str, Any]] = []
+        file = folder / "rows.json"
+        if file.exists():
+            known = json.loads(file.read_text(encoding="utf-8"))
+            differ = [key for key in identity if known.get("sweep", {}).get(key) != identity[key]]
+            if differ:
+                raise ValueError(f"{folder} holds another sweep ({', '.join(differ)} differ): name another --out")
+            self.rows = known["rows"]
+        elif folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and no sweep's: name another --out")
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def missing(self, model: str, settings: Sequence[Setting]) -> list[Setting]:
+        known = {row["setting"] for row in self.rows if row["model"] == model}
+        return [setting for setting in settings if setting.name not in known]
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        import datasets
+
+        self.rows += rows
+        datasets.disable_progress_bars()
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        flat = datasets.Dataset.from_dict({key: [row.get(key) for row in self.rows] for key in columns})
+        self._write("rows.csv", flat.to_csv)
+        self._write("rows.parquet", flat.to_parquet)
+        text = json.dumps({"sweep": self.identity, "rows": self.rows}, indent=1)
+        self._write("rows.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+    def _write(self, name: str, write: Any) -> None:
+        """The old file stays whole until the new one is."""
+        draft = self.folder / f"{name}.tmp"
+        write(str(draft))
+        draft.replace(self.folder / name)
+
+    def table(self, settings: Sequence[Setting], metric: str) -> str:
+        """Models down, settings across."""
+        order = {setting.name: i for i, setting in enumerate(settings)}
+        sweeps = {}
+        for model in dict.fromkeys(row["model"] for row in self.rows):
+            mine = [row for row in self.rows if row["model"] == model and row["setting"] in order]
+            rows = [
+                Row(
+                    setting=row["setting"],
+                    weights=row["weights"],
+                    activations=row["activations"],
+                    metrics={metric: row[metric]},
+                    samples=row["samples"],
+                )
+                for row in sorted(mine, key=lambda row: order[row["setting"]])
+            ]
+            sweeps[model] = Sweep(rows=rows)
+        return table(sweeps, metric)
+
+
+def measure(name: str, task: Task, settings: Sequence[Setting], args: argparse.Namespace, records: Records) -> None:
+    """Measure what is missing of one model."""
+    from transformers import TrainingArguments
+
+    from hf_robustq.trainer import BitWidthSweepCallback, RobustTrainer
+
+    try:
+        plugin = RobustQ.of(task.model)
+        plugin.config = dataclasses.replace(plugin.config, seed=args.seed, calibration_samples=args.calibration_samples)
+    except ValueError:
+        edges = int(args.first_last) if args.first_last.isdigit() else args.first_last
+        own = {"first_last": edges, "seed": args.seed, "calibration_samples": args.calibration_samples}
+        plugin = RobustQ(task.model, RobustQConfig.from_dict(own))
+    training = TrainingArguments(
+        output_dir=str(args.out),
+        per_device_eval_batch_size=args.batch_size,
+        report_to=[],
+        seed=args.seed,
+        dataloader_pin_memory=False,
+    )
+    trainer = RobustTrainer(
+        model=task.model, args=training, eval_dataset=task.evaluation, robustq=plugin, sweep=(), **task.options
+    )
+    calibration = f"{args.calibration_split}: {args.calibration_samples} samples, seed {args.seed}"
+    for group in groups(settings):
+        group = records.missing(name, group)
+        if not group:
+            continue
+        start = time.perf_counter()
+        callback = BitWidthSweepCallback(
+            trainer,
+            plugin,
+            group,
+            max_samples=args.max_samples,
+            calibration_dataset=task.train,
+            lapq_iterations=args.lapq_iterations,
+        )
+        found = callback.run(trainer.get_eval_dataloader()).rows
+        seconds = round((time.perf_counter() - start) / len(group), 2)
+        rows = []
+        for row, setting in zip(found, group, strict=True):
+            reads = setting.needs_calibration or setting.activations
+            print(f"{name}  {row.setting:24s} {task.metric} {row.metrics[task.metric]:.4f}", flush=True)
+            facts = {"model": name, "setting": row.setting, "weights": row.weights, "activations": row.activations}
+            facts |= {"method": setting.scale if row.weights or row.activations else None, "ratio": setting.ratio}
+            facts |= {**row.metrics, "samples": row.samples, "subset": row.subset, "seed": args.seed}
+            rows.append({**facts, "calibration": calibration if reads else None, "seconds": seconds})
+        records.add(rows)
+
+
+def run(args: argparse.Namespace) -> None:
+    settings = parse_settings(settings_of(args))
+    if args.calibration_samples < args.batch_size:
+        raise ValueError(
+            f"{args.calibration_samples} calibration samples are fewer than a batch of {args.batch_size}: "
+            "raise --calibration_samples or lower --batch_size"
+        )
+    if args.calibration_split == args.eval_split and not args.force:
+        raise ValueError(
+            f"calibrating on {args.eval_split!r}, which is measured on, flatters every figure: choose another "
+            "--calibration_split, or --force it"
+        )
+    records = Records(args.out, {key: getattr(args, key) for key in IDENTITY})
+    metric = "accuracy"
+    for name in args.models:
+        if not records.missing(name, settings):
+            continue
+        task = load_task(name, args)
+        metric = task.metric
+        if len(task.train) < args.batch_size:
+            raise ValueError(f"{len(task.train)} samples to calibrate on are fewer than a batch: lower --batch_size")
+        measure(name, task, settings, args, records)
+    text = records.table(settings, metric if metric in records.rows[0] else "loss")
+    (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\n\n{len(records.rows)} rows in {args.out}/rows.json, rows.csv, rows.parquet")

@@ -1,0 +1,112 @@
+"""What a saved model does, and the data it is measured on."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_robustq.hub import check_folder
+from hf_robustq.metrics import accuracy
+from hf_robustq.recipe import ImageArguments, image_task
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model with its training set (for calibration) and evaluation set, as a Trainer takes them."""
+
+    model: Any
+    train: Any
+    evaluation: Any
+    metric: str
+    options: dict[str, Any]
+
+
+def classes(logits: Any, labels: Any) -> torch.Tensor:  # noqa: ARG001
+    """What `compute_metrics` needs of logits: the sweep keeps the predictions of every setting until the end."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+def class_accuracy(predicted: Any) -> dict[str, float]:
+    return {"accuracy": accuracy(predicted.predictions, predicted.label_ids)}
+
+
+def architecture(name: str) -> str:
+    """The class that `config.json` names; timm's wrapper for a name that is neither a folder nor a Hub id."""
+    from transformers import AutoConfig
+
+    if "/" not in name and not Path(name).exists():
+        return "TimmWrapperForImageClassification"
+    check_folder(Path(name))
+    config = AutoConfig.from_pretrained(name)
+    if not config.architectures:
+        raise ValueError(f"{name}/config.json names no architecture: save the model with save_pretrained")
+    return config.architectures[0]
+
+
+def load_task(name: str, args: argparse.Namespace) -> Task:
+    """Raises `ValueError` for a model whose task is none of those known."""
+    kind = architecture(name)
+    if kind.endswith("ForImageClassification"):
+        flags = ImageArguments(
+            model_name_or_path=name,
+            weights=args.weights,
+            dataset_name=args.data,
+            image_column_name=args.image_column_name,
+            label_column_name=args.label_column_name,
+            train_split=args.calibration_split,
+            eval_split=args.eval_split,
+            image_size=args.image_size,
+        )
+        train, evaluation, model, _ = image_task(flags, args.seed)
+        return Task(model, train, evaluation, "accuracy", _classification())
+    if kind.endswith("ForSequenceClassification"):
+        return _texts(name, args)
+    if kind.endswith(("ForCausalLM", "LMHeadModel")):
+        return _language(name, args)
+    raise ValueError(
+        f"{name} is a {kind}: this command knows image classification, sequence classification and causal language "
+        "models; for others call hf_robustq.sweep(plugin, batches, predict, metric, settings)"
+    )
+
+
+def _classification() -> dict[str, Any]:
+    return {"compute_metrics": class_accuracy, "preprocess_logits_for_metrics": classes}
+
+
+def _texts(name: str, args: argparse.Namespace) -> Task:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+    from hf_robustq.data.texts import classified_texts
+
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    splits = {"train_split": args.calibration_split, "eval_split": args.eval_split}
+    columns = {"text": args.text_column_name, "label": args.label_column_name}
+    train, evaluation, labels = classified_texts(_named(args), tokenizer, **columns, **splits)
+    model = AutoModelForSequenceClassification.from_pretrained(name)
+    if model.config.num_labels != len(labels):
+        raise ValueError(f"{name} has {model.config.num_labels} outputs but the dataset has {len(labels)} labels")
+    options = {**_classification(), "data_collator": DataCollatorWithPadding(tokenizer)}
+    return Task(model, train, evaluation, "accuracy", options)
+
+
+def _language(name: str, args: argparse.Namespace) -> Task:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
+
+    from hf_robustq.data.texts import running_text
+
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = AutoModelForCausalLM.from_pretrained(name)
+    length = min(args.block_size, getattr(model.config, "max_position_embeddings", args.block_size))
+    splits = {"train_split": args.calibration_split, "eval_split": args.eval_split}
+    train, evaluation = running_text(_named(args), tokenizer, text=args.text_column_name, length=length, **splits)
+    return Task(model, train, evaluation, "loss", {"data_collator": default_data_collator})
+
+
+def _named(args: argparse.Namespace) -> str:
+    if args.data is None:
+        raise ValueError("name a dataset of texts with --data")
+    return args.data
