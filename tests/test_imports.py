@@ -34,9 +34,10 @@ ALLOWED = {
     "models": {"models"},
     "trainer": {"calibrate", "card", "config", "distributed", "plugin", "schedules", "sweep", "trainer"},
     "cli": {
-        "__version__", "card", "cli", "config", "data", "hub", "metrics", "plugin", "quantizers", "recipe", "regularizers", "scales",
-        "sweep", "trainer",
+        "__version__", "card", "cli", "config", "data", "hub", "metrics", "plugin", "quantizers", "recipe",
+        "regularizers", "scales", "sweep", "trainer",
     },
+    "analysis": {"analysis", "calibrate", "functional", "plugin", "scales", "sharded", "sites", "sweep"},
     "recipe": {"card", "config", "data", "metrics", "models", "sweep", "trainer"},
 }  # fmt: skip
 

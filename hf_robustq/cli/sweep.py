@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import re
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,6 +183,7 @@ def measure(name: str, task: Task, settings: Sequence[Setting], args: argparse.N
         report_to=[],
         seed=args.seed,
         dataloader_pin_memory=False,
+        disable_tqdm=not sys.stderr.isatty(),
     )
     trainer = RobustTrainer(
         model=task.model, args=training, eval_dataset=task.evaluation, robustq=plugin, sweep=(), **task.options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,11 +95,14 @@ class Steps:
         inputs: list[Target] = [(s, "input") for s in sites if isinstance(input_probe(s), InputProbe)]
         return weights + (inputs if setting.activations else [])
 
-    def apply(self, setting: Setting) -> None:
-        """Set every probe as the setting says."""
+    def apply(self, setting: Setting, only: Collection[str] | None = None) -> None:
+        """Set every probe as the setting says; or those of some weights, by name, the others off."""
         searched = self._lapq(setting.steps) if setting.scale == LAPQ else None
         for i, target in enumerate(self.targets(setting)):
-            self._apply(target, setting, self._choose(target, setting) if searched is None else searched[i])
+            if only is None or target[0].name in only:
+                self._apply(target, setting, self._choose(target, setting) if searched is None else searched[i])
+            else:
+                (weight_probe(target[0]) if target[1] == "weight" else input_probe(target[0])).off()
 
     def _apply(self, target: Target, setting: Setting, chosen: Tensor | Codebook) -> None:
         site, role = target

@@ -1,0 +1,108 @@
+"""How much the loss rises in a neighbourhood of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_robustq.calibrate import undisturbed
+from hf_robustq.plugin import RobustQ
+from hf_robustq.sharded import is_sharded
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def sharpness(
+    plugin: RobustQ,
+    batches: Sequence[Any],
+    loss: Loss,
+    rho: float = 5e-4,
+    kind: Literal["ball", "box"] = "ball",
+    iterations: int = 10,
+) -> float:
+    """The sharpness of the model as its quantizers have it, of the mean `loss(model, batch)` over fixed batches.
+
+    "ball"   max of L(w + e) - L(w) over |e_i| <= rho (arXiv 2212.05603, section 5.1): ascent by the sign of the
+             gradient, in steps of 2 * rho / iterations, projected; the largest value met
+    "box"    100 * (max L(w + e) - L(w)) / (1 + L(w)) over |e_i| <= rho * (|w_i| + 1) (arXiv 1609.04836): L-BFGS-B from
+             e = 0; that paper's Table 3 is on this scale
+
+    Choice: the float weights are moved, before they are quantized, with straight-through gradients; steps and other
+    parameters of the quantizers stay, as does what is frozen. In evaluation mode; model and RNGs are left as they were.
+    Raises `ValueError` for sharded weights.
+    """
+    own = plugin.own_parameters()
+    weights = [p for name, p in plugin.model.named_parameters() if p.requires_grad and name not in own]
+    if any(is_sharded(weight) for weight in weights):
+        raise ValueError("sharpness needs whole weights: measure the saved model in one process")
+    if not batches or not rho > 0:
+        raise ValueError("sharpness needs a batch at least, and a positive rho")
+
+    def rise(moves: Sequence[Tensor], gradient: bool) -> tuple[float, list[Tensor]]:
+        """The mean loss at w + e, and its gradient."""
+        with torch.no_grad():
+            for weight, start, move in zip(weights, origin, moves, strict=True):
+                weight.copy_(start + move)
+        total, slopes = 0.0, [torch.zeros_like(weight) for weight in weights]
+        for batch in batches:
+            with torch.set_grad_enabled(gradient):
+                value = loss(plugin.model, batch) / len(batches)
+            total += float(value)
+            if gradient:
+                found = torch.autograd.grad(value, weights, allow_unused=True)
+                slopes = [s if f is None else s + f for s, f in zip(slopes, found, strict=True)]
+        return total, slopes
+
+    with _restored(weights) as origin, undisturbed(plugin.model):
+        still = [torch.zeros_like(weight) for weight in weights]
+        base, slopes = rise(still, gradient=True)
+        if kind == "box":
+            limits = [rho * (weight.abs() + 1) for weight in origin]
+            highest = _box(rise, limits, iterations)
+            return 100 * (highest - base) / (1 + base)
+        moves, highest = still, base
+        for _ in range(iterations):
+            step = 2 * rho / iterations
+            moves = [(m + step * s.sign()).clamp(-rho, rho) for m, s in zip(moves, slopes, strict=True)]
+            value, slopes = rise(moves, gradient=True)
+            highest = max(highest, value)
+        return highest - base
+
+
+def _box(rise: Callable[..., tuple[float, list[Tensor]]], limits: list[Tensor], iterations: int) -> float:
+    from scipy.optimize import minimize
+
+    bound = torch.cat([limit.reshape(-1) for limit in limits]).double().cpu().numpy()
+    highest = -math.inf
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal highest
+        parts = torch.from_numpy(flat).split([limit.numel() for limit in limits])
+        moves = [part.to(limit).view_as(limit) for part, limit in zip(parts, limits, strict=True)]
+        value, slopes = rise(moves, gradient=True)
+        highest = max(highest, value)
+        return -value, -torch.cat([slope.reshape(-1) for slope in slopes]).double().cpu().numpy()
+
+    bounds = np.stack([-bound, bound], 1)
+    minimize(
+        objective, np.zeros_like(bound), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": iterations}
+    )
+    return highest
+
+
+@contextmanager
+def _restored(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Copies of the weights, which come back to the bit."""
+    origin = [weight.detach().clone() for weight in weights]
+    try:
+        yield origin
+    finally:
+        with torch.no_grad():
+            for weight, start in zip(weights, origin, strict=True):
+                weight.copy_(start)
