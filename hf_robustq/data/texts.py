@@ -56,7 +56,8 @@ def running_text(
     def blocks(rows: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         joined = [token for ids in tokenizer(rows[column])["input_ids"] for token in ids]
         cut = [joined[i : i + length] for i in range(0, len(joined) - length + 1, length)]
-        return {"input_ids": cut, "labels": cut}
+        # nothing predicts the first token; as a label the Trainer would count it in the mean
+        return {"input_ids": cut, "labels": [[-100, *block[1:]] for block in cut]}
 
     both = [
         split.map(blocks, batched=True, batch_size=len(split), remove_columns=split.column_names)

@@ -39,6 +39,8 @@ def _own(plugin: RobustQ, setting: Setting) -> Iterator[None]:
     plugin.check_initialized()
     own = list(quantizers(plugin.sites))
     wanted: dict[Role, int | None] = {"weight": setting.weights, "input": setting.activations}
+    if not own:
+        raise ValueError(f"{setting.name}: the model has no quantizers of its own")
     for role, bits in wanted.items():
         if bits is not None and not any(stage.role == role for stage in own):
             raise ValueError(f"{setting.name}: the model has no {role} quantizers whose steps were learned")

@@ -1,0 +1,227 @@
+"""The command line, called as a user calls it."""
+
+import json
+import re
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from hf_robustq import QUANTIZERS, REGULARIZERS, SCALE_RULES, RobustQ, from_pretrained
+from hf_robustq.cli import main
+from hf_robustq.cli.methods import methods
+from hf_robustq.cli.sweep import ratios
+from hf_robustq.data import digits
+from hf_robustq.models import image_classifier, preprocessing
+from hf_robustq.scales import CODEBOOK_RULES
+
+SMALL = ["--max_samples", "64", "--calibration_samples", "64", "--batch_size", "32"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A float model, and the same with quantizers of its own, as they are saved."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    model, _ = image_classifier("resnet20_cifar", [str(n) for n in range(10)])
+    model.save_pretrained(root / "float")
+    plugin = RobustQ(model, {"weights": {"method": "lsq", "bits": 4}, "activations": {"method": "lsq", "bits": 4}})
+    train = digits(32)[0].evaluation()
+    batch = torch.stack([train[i]["pixel_values"] for i in range(64)])
+    plugin.calibrate([batch], lambda model, batch: model(pixel_values=batch))
+    model.save_pretrained(root / "lsq")
+    return root
+
+
+def rows(folder):
+    return {(row["model"], row["setting"]): row for row in json.loads((folder / "rows.json").read_text())["rows"]}
+
+
+def test_two_models_under_many_quantizers(folders, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["sweep", str(folders / "float"), str(folders / "lsq"), "--out", str(out), *SMALL, "--bits", "4", "w3a8"]
+    command += [
+        "--methods",
+        "mse",
+        "log2",
+        "--also",
+        "bc",
+        "bn",
+        "--steps",
+        "0.8:1.2:3",
+        "--settings",
+        "w3@lapq",
+        "trained",
+    ]
+    with pytest.raises(SystemExit, match="^error: trained: the model has no quantizers of its own"):
+        main([*command, "--lapq_iterations", "1"])
+    command = [word for word in command if word != "trained"]
+    main([*command, "--lapq_iterations", "1"])
+    found = rows(out)
+    assert len(found) == 2 * (1 + 2 * 2 * 3 * 3 + 1)
+    printed = capsys.readouterr().out
+    assert f"{len(found)} rows in {out}/rows.json" in printed and "W3/A8 log2/bn/x0.8" in printed
+    for (model, _), row in found.items():
+        assert row["samples"] == 64 and row["seed"] == 0 and row["subset"] == "64 of 360, seed 0"
+        needs = row["activations"] or "bn" in row["setting"] or "lapq" in row["setting"]
+        assert row["calibration"] == ("train: 64 samples, seed 0" if needs else None)
+        if row["setting"] == "fp":  # the stored float weights are the same
+            assert row["loss"] == pytest.approx(found[str(folders / "float"), "fp"]["loss"], rel=1e-6), model
+    csv = datasets.Dataset.from_csv(str(out / "rows.csv"), cache_dir=str(tmp_path / "cache"))
+    parquet = datasets.Dataset.from_parquet(str(out / "rows.parquet"), cache_dir=str(tmp_path / "cache"))
+    for flat in (csv, parquet):
+        assert flat["setting"][:] == [row["setting"] for row in found.values()]
+        assert flat["loss"][:] == pytest.approx([row["loss"] for row in found.values()])
+    assert (out / "table.md").read_text().count("\n") == 4
+
+    by_hand = loss_of(from_pretrained(image_class(), folders / "float", bits=4))
+    assert found[str(folders / "float"), "w4"]["loss"] == pytest.approx(by_hand, rel=1e-5)
+
+
+def image_class():
+    from transformers import AutoModelForImageClassification
+
+    return AutoModelForImageClassification
+
+
+def loss_of(model):
+    """On the 64 images of `SMALL`, which the sweep draws by seed."""
+    how = preprocessing(model)
+    evaluation = digits(32, mean=how["mean"], std=how["std"])[1]
+    chosen = sorted(torch.randperm(360, generator=torch.Generator().manual_seed(0))[:64].tolist())
+    items = [evaluation[i] for i in chosen]
+    pixels, labels = (torch.stack([torch.as_tensor(item[key]) for item in items]) for key in ("pixel_values", "labels"))
+    with torch.no_grad():
+        return float(model.eval()(pixel_values=pixels, labels=labels).loss)
+
+
+def test_the_models_own_quantizers_and_going_on(folders, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["sweep", str(folders / "lsq"), "--out", str(out), *SMALL]
+    main([*command, "--settings", "trained", "trained/x0.8", "w3a4@learned"])
+    found = rows(out)
+    trained = from_pretrained(image_class(), folders / "lsq", bits="trained", trainable=True)
+    assert found[str(folders / "lsq"), "trained"]["loss"] == pytest.approx(loss_of(trained), rel=3e-4)
+    assert len({row["loss"] for row in found.values()}) == 4
+    capsys.readouterr()
+    main([*command, "--settings", "trained", "trained/x0.8", "w3a4@learned", "w4"])
+    printed = capsys.readouterr().out
+    again = rows(out)
+    assert len(re.findall(r"accuracy \d", printed)) == 1 and len(again) == 5
+    assert all(again[key] == row for key, row in found.items())
+
+    with pytest.raises(SystemExit, match=r"holds another sweep \(seed differ\): name another --out"):
+        main([*command, "--seed", "1", "--settings", "w4"])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(SystemExit, match="is not empty and no sweep's"):
+        main([*command[:3], str(tmp_path / "other"), *SMALL])
+
+
+def test_bad_input_ends_in_one_line(folders, tmp_path):
+    def fails(why, *words, model=folders / "float"):
+        with pytest.raises(SystemExit, match=why) as info:
+            main(["sweep", str(model), "--out", str(tmp_path / "out"), *words])
+        assert "\n" not in str(info.value)
+
+    fails(
+        "16 calibration samples are fewer than a batch of 32: raise",
+        "--calibration_samples",
+        "16",
+        "--batch_size",
+        "32",
+    )
+    fails("calibrating on 'train', which is measured on, flatters", "--eval_split", "train")
+    fails("--steps takes LOW:HIGH", "--bits", "4", "--steps", "1.2:0.8")
+    fails("kmeans takes at most 8 bits", "--bits", "9", "--methods", "kmeans")
+    fails("unknown scale rule 'lapqq'", "--bits", "4", "--methods", "lapqq")
+    fails("is no checkpoint: it has no config.json", *SMALL, model=tmp_path)
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    weights = load_file(folders / "float" / "model.safetensors")
+    name = next(key for key in weights if key.endswith("layer2.0.conv1.weight"))
+    weights[name][0, 0, 0, 0] = float("nan")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    (broken / "config.json").write_text((folders / "float" / "config.json").read_text())
+    fails("layer2.0.conv1.weight: non-finite values", *SMALL, "--bits", "4", model=broken)
+    with pytest.raises(ValueError):
+        main(["sweep", str(tmp_path), "--out", str(tmp_path / "out"), *SMALL, "--debug"])
+
+
+def test_step_ratios():
+    assert ratios("0.8:1.2:5") == [0.8, 0.9, 1.0, 1.1, 1.2]
+    assert len(ratios("0.7:1.3")) == 9
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A dataset of texts with two labels, as parquet files, and a tokenizer of its words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("texts")
+    words = [f"w{i}" for i in range(40)]
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 80), ("validation", 40)):
+        drawn = [list(rng.choice(words, 12)) for _ in range(count)]
+        data = {"sentence": [" ".join(text) for text in drawn], "label": [int("w0" in text) for text in drawn]}
+        datasets.Dataset.from_dict(data).to_parquet(str(root / "data" / f"{split}.parquet"))
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return root, PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("task", ["classification", "language"])
+def test_models_of_texts(texts, task, tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+    root, tokenizer = texts
+    torch.manual_seed(0)
+    if task == "classification":
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+        model = BertForSequenceClassification(BertConfig(vocab_size=42, num_labels=2, **sizes))
+    else:
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=42, n_positions=16, n_embd=16, n_layer=2, n_head=2))
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    command = ["sweep", str(tmp_path / "model"), "--data", str(root / "data"), "--out", str(tmp_path / "out")]
+    command += ["--calibration_samples", "32", "--batch_size", "16", "--bits", "4", "w8a8", "--settings", "w3@lapq"]
+    main([*command, "--lapq_iterations", "1"])
+    found = rows(tmp_path / "out")
+    fp = found[str(tmp_path / "model"), "fp"]
+    assert len({row["loss"] for row in found.values()}) == 4
+    sentences = datasets.Dataset.from_parquet(str(root / "data" / "validation.parquet"), cache_dir=str(tmp_path / "c"))
+    model.eval()
+    with torch.no_grad():
+        if task == "classification":
+            encoded = tokenizer(sentences["sentence"][:], return_tensors="pt", padding=True)
+            logits = model(**encoded).logits
+            accuracy = (logits.argmax(1) == torch.tensor(sentences["label"][:])).float().mean()
+            assert fp["accuracy"] == pytest.approx(float(accuracy)) and fp["samples"] == 40
+        else:
+            joined = [token for ids in tokenizer(sentences["sentence"][:])["input_ids"] for token in ids]
+            blocks = torch.tensor(joined[: len(joined) // 16 * 16]).view(-1, 16)
+            assert fp["loss"] == pytest.approx(float(model(blocks, labels=blocks).loss), rel=1e-5)
+            assert fp["samples"] == len(blocks)
+
+
+def test_every_method_is_listed_with_its_paper(capsys):
+    listed = {(kind, name): paper for kind, name, paper, _ in methods()}
+    names = {name for _, name in listed}
+    assert names == {*SCALE_RULES, "lapq", *CODEBOOK_RULES, *QUANTIZERS, *REGULARIZERS}
+    expected = {
+        "lsq": "1902.08153",
+        "lapq": "1911.07190",
+        "aciq": "1810.05723",
+        "kure": "2002.07686",
+        "noise": "2212.05603",
+    }
+    for (_, name), paper in listed.items():
+        assert paper == expected.get(name, paper)
+    main(["methods"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names) and "arXiv 1606.06160" in printed
