@@ -34,7 +34,7 @@ LEARNED = {
     "activations": {"method": "lsq", "bits": 8},
     "first_last": "same",
 }
-SETTINGS = ["fp", "w4", "w3a4", "trained"]
+SETTINGS = ["fp", "w4", "w3a4", "w3@kmeans/channel/bc", "w4a4@mse/asym/x0.9", "trained"]
 
 
 def shards_on_a_cpu() -> bool:
@@ -58,6 +58,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", help="a saved model; default: the tiny Llama of seed 0")
     parser.add_argument("--resume", help="a checkpoint")
+    parser.add_argument("--lapq", action="store_true", help="sweep with a joint search too")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--optim", default="sgd")
     parser.add_argument("--rows", type=int, default=16, help="samples to evaluate")
@@ -215,6 +216,8 @@ def main(options: argparse.Namespace) -> None:
         config = {**LEARNED, "memory": options.memory}
     stock = options.plain or options.stock
     robust = {} if stock else {"sweep": SETTINGS, "scale_lr": 0.01 if options.learned else None}
+    if options.lapq:
+        robust |= {"sweep": [*SETTINGS, "w3a4@lapq"], "sweep_options": {"lapq_iterations": 1}}
     if not stock and not staged:
         robust["robustq"] = config
     trainer = (Trainer if stock else RobustTrainer)(
