@@ -151,6 +151,10 @@ def test_sharpness_moves_the_float_weights_and_nothing_of_the_quantizers():
     assert 0 <= small < large
     assert sharpness(plugin, [batch], loss, 5e-2) == pytest.approx(large, rel=1e-4)
     assert sharpness(plugin, [batch], loss, 1e-2, "box") > 0
+    baked = copy.deepcopy(plugin).bake()
+    around = sharpness(plugin, [batch], loss, 1e-2, around="quantized")
+    assert around == pytest.approx(sharpness(RobustQ(baked, {"first_last": "same"}), [batch], loss, 1e-2), rel=1e-4)
+    assert around != pytest.approx(sharpness(plugin, [batch], loss, 1e-2), rel=1e-3)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(ValueError, match="positive rho"):

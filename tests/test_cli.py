@@ -119,6 +119,31 @@ def test_the_models_own_quantizers_and_going_on(folders, tmp_path, capsys):
         main([*command[:3], str(tmp_path / "other"), *SMALL])
 
 
+def test_an_analysis_is_what_the_functions_say(folders, tmp_path, capsys):
+    from hf_robustq.analysis import weight_sqnr, weight_statistics
+
+    out = tmp_path / "analysis.json"
+    command = ["analyze", str(folders / "lsq"), "--out", str(out), "--samples", "32", *SMALL[2:], "--rho", "1e-4"]
+    main([*command, "--settings", "w3", "w4a4", "trained"])
+    found = json.loads(out.read_text())
+    model = from_pretrained(image_class(), folders / "lsq", bits="trained", trainable=True)
+    plugin = RobustQ.of(model)
+    sizes = {site.name: site.parameter.numel() for site in plugin.sites}
+    names = list(sizes)
+    assert list(found["weights"]) == names and list(found["settings"]) == ["w3", "w4a4", "trained"]
+    statistics, noise = weight_statistics(plugin), weight_sqnr(plugin, "w3")
+    for name in names:
+        assert found["weights"][name]["kurtosis"] == pytest.approx(statistics[name].kurtosis)
+        assert sum(found["weights"][name]["counts"]) == sizes[name]
+        assert found["settings"]["w3"]["sqnr"][name] == pytest.approx(noise[name])
+        assert found["settings"]["w4a4"]["divergence"][name] > 0
+    sensitivity = found["settings"]["w3"]["sensitivity"]
+    assert list(sensitivity) == ["", *names] and "sensitivity" not in found["settings"]["trained"]
+    assert sensitivity[""]["only"] == found["settings"]["w4a4"]["sensitivity"][""]["only"]
+    assert {"loss", "accuracy"} == set(sensitivity[""]["only"]) and len(found["sharpness"]["0.0001"]) == 4
+    assert "sharpness, rho 0.0001, ball around the stored weights" in capsys.readouterr().out
+
+
 def test_bad_input_ends_in_one_line(folders, tmp_path):
     def fails(why, *words, model=folders / "float"):
         with pytest.raises(SystemExit, match=why) as info:

@@ -34,7 +34,7 @@ ALLOWED = {
     "models": {"models"},
     "trainer": {"calibrate", "card", "config", "distributed", "plugin", "schedules", "sweep", "trainer"},
     "cli": {
-        "__version__", "card", "cli", "config", "data", "hub", "metrics", "plugin", "quantizers", "recipe",
+        "__version__", "analysis", "card", "cli", "config", "data", "hub", "metrics", "plugin", "quantizers", "recipe",
         "regularizers", "scales", "sweep", "trainer",
     },
     "analysis": {"analysis", "calibrate", "functional", "plugin", "scales", "sharded", "sites", "sweep"},

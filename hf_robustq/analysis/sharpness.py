@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_robustq.calibrate import undisturbed
 from hf_robustq.plugin import RobustQ
+from hf_robustq.plugin.training import quantizers
 from hf_robustq.sharded import is_sharded
 
 Loss = Callable[[Any, Any], Tensor]
@@ -25,6 +26,7 @@ def sharpness(
     rho: float = 5e-4,
     kind: Literal["ball", "box"] = "ball",
     iterations: int = 10,
+    around: Literal["stored", "quantized"] = "stored",
 ) -> float:
     """The sharpness of the model as its quantizers have it, of the mean `loss(model, batch)` over fixed batches.
 
@@ -33,9 +35,12 @@ def sharpness(
     "box"    100 * (max L(w + e) - L(w)) / (1 + L(w)) over |e_i| <= rho * (|w_i| + 1) (arXiv 1609.04836): L-BFGS-B from
              e = 0; that paper's Table 3 is on this scale
 
-    Choice: the float weights are moved, before they are quantized, with straight-through gradients; steps and other
-    parameters of the quantizers stay, as does what is frozen. In evaluation mode; model and RNGs are left as they were.
-    Raises `ValueError` for sharded weights.
+    around   "stored": the float weights are moved, and quantized where they have come to, with straight-through
+             gradients; training leaves many weights of a low-bit network beside a threshold, so it takes little.
+             "quantized": the quantized weights are moved, and stay where they have come to
+
+    Choice: the paper does not say which. Steps and other parameters of the quantizers stay, as does what is frozen. In
+    evaluation mode; model and RNGs are left as they were. Raises `ValueError` for sharded weights.
     """
     own = plugin.own_parameters()
     weights = [p for name, p in plugin.model.named_parameters() if p.requires_grad and name not in own]
@@ -59,7 +64,10 @@ def sharpness(
                 slopes = [s if f is None else s + f for s, f in zip(slopes, found, strict=True)]
         return total, slopes
 
-    with _restored(weights) as origin, undisturbed(plugin.model):
+    with _restored(weights), undisturbed(plugin.model), ExitStack() as stack:
+        if around == "quantized":
+            stack.enter_context(_baked(plugin))
+        origin = [weight.detach().clone() for weight in weights]
         still = [torch.zeros_like(weight) for weight in weights]
         base, slopes = rise(still, gradient=True)
         if kind == "box":
@@ -97,11 +105,27 @@ def _box(rise: Callable[..., tuple[float, list[Tensor]]], limits: list[Tensor], 
 
 
 @contextmanager
-def _restored(weights: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Copies of the weights, which come back to the bit."""
+def _baked(plugin: RobustQ) -> Iterator[None]:
+    """The stored weights on their grids, the weights' quantizers off."""
+    own = [stage for stage in quantizers(plugin.sites) if stage.role == "weight"]
+    for site in plugin.sites:
+        site.parameter.copy_(site.weight_stages(site.parameter))
+    enabled = [stage.enabled for stage in own]
+    try:
+        for stage in own:
+            stage.enabled = False
+        yield
+    finally:
+        for stage, was in zip(own, enabled, strict=True):
+            stage.enabled = was
+
+
+@contextmanager
+def _restored(weights: Sequence[Tensor]) -> Iterator[None]:
+    """The weights come back to the bit."""
     origin = [weight.detach().clone() for weight in weights]
     try:
-        yield origin
+        yield
     finally:
         with torch.no_grad():
             for weight, start in zip(weights, origin, strict=True):

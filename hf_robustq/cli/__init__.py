@@ -1,4 +1,4 @@
-"""The command line: `robustq sweep`, `robustq methods`."""
+"""The command line: `robustq sweep`, `robustq analyze`, `robustq methods`."""
 
 from hf_robustq.cli.main import main
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from hf_robustq import __version__
-from hf_robustq.cli import methods, sweep
+from hf_robustq.cli import analyze, methods, sweep
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="robustq", description="Networks that survive quantization.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (sweep, methods):
+    for module in (sweep, analyze, methods):
         command = module.add_parser(commands)
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         command.set_defaults(run=module.run)

@@ -13,19 +13,15 @@ measured already is not measured again: the same command goes on after an interr
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_robustq.card import table
-from hf_robustq.cli.tasks import Task, load_task
-from hf_robustq.config import RobustQConfig
-from hf_robustq.plugin import RobustQ
+from hf_robustq.cli.tasks import Task, add_task, load_task, prepare
 from hf_robustq.sweep import Row, Setting, Sweep, parse_settings
 
 IDENTITY = ("data", "weights", "calibration_split", "eval_split", "calibration_samples", "max_samples", "seed")
@@ -40,7 +36,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="folder, Hub id, or timm architecture (with --weights)")
-    add("--data", help="Hub id or folder of the dataset; default, for images: the embedded digits")
     add("--out", required=True, type=Path, help="folder for the rows")
     add("--bits", nargs="*", default=[], metavar="B", help="4: weights; w4a8: weights and inputs; a8: inputs")
     add("--methods", nargs="*", default=["mse"], metavar="M", help="see robustq methods; default: mse")
@@ -53,20 +48,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     add("--steps", metavar="LOW:HIGH[:N]", help="each also at N step ratios, 9 by default")
     add("--settings", nargs="*", default=[], metavar="S", help="w4@kmeans/channel, trained, w6@learned/x0.9, ...")
-    add("--weights", help=".safetensors file for an architecture")
-    add("--first_last", default="float", help="first and last layer of a model without quantizers: float, 8 or same")
     add("--lapq_iterations", type=int, default=2, help="rounds of LAPQ's search over all tensors")
-    add("--calibration_split", default="train")
-    add("--calibration_samples", type=int, default=512)
-    add("--eval_split", help="default: validation, valid or test")
     add("--max_samples", type=int, help="measure on a random subset of that many")
-    add("--batch_size", type=int, default=128)
-    add("--seed", type=int, default=0, help="of the calibration set and of stochastic rounding")
-    add("--image_column_name")
-    add("--label_column_name")
-    add("--text_column_name", nargs="+", default=[])
-    add("--image_size", type=int)
-    add("--block_size", type=int, default=512, help="tokens of a language model's sample")
+    add_task(parser)
     add("--force", action="store_true", help="calibrate on the evaluation split all the same")
     return parser
 
@@ -166,28 +150,9 @@ class Records:
 
 def measure(name: str, task: Task, settings: Sequence[Setting], args: argparse.Namespace, records: Records) -> None:
     """Measure what is missing of one model."""
-    from transformers import TrainingArguments
+    from hf_robustq.trainer import BitWidthSweepCallback
 
-    from hf_robustq.trainer import BitWidthSweepCallback, RobustTrainer
-
-    try:
-        plugin = RobustQ.of(task.model)
-        plugin.config = dataclasses.replace(plugin.config, seed=args.seed, calibration_samples=args.calibration_samples)
-    except ValueError:
-        edges = int(args.first_last) if args.first_last.isdigit() else args.first_last
-        own = {"first_last": edges, "seed": args.seed, "calibration_samples": args.calibration_samples}
-        plugin = RobustQ(task.model, RobustQConfig.from_dict(own))
-    training = TrainingArguments(
-        output_dir=str(args.out),
-        per_device_eval_batch_size=args.batch_size,
-        report_to=[],
-        seed=args.seed,
-        dataloader_pin_memory=False,
-        disable_tqdm=not sys.stderr.isatty(),
-    )
-    trainer = RobustTrainer(
-        model=task.model, args=training, eval_dataset=task.evaluation, robustq=plugin, sweep=(), **task.options
-    )
+    plugin, trainer = prepare(task, args, args.out)
     calibration = f"{args.calibration_split}: {args.calibration_samples} samples, seed {args.seed}"
     for group in groups(settings):
         group = records.missing(name, group)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hf_robustq.config import RobustQConfig
 from hf_robustq.hub import check_folder
 from hf_robustq.metrics import accuracy
+from hf_robustq.plugin import RobustQ
 from hf_robustq.recipe import ImageArguments, image_task
 
 
@@ -110,3 +114,48 @@ def _named(args: argparse.Namespace) -> str:
     if args.data is None:
         raise ValueError("name a dataset of texts with --data")
     return args.data
+
+
+def add_task(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say what model, and on what data."""
+    add = parser.add_argument
+    add("--data", help="Hub id or folder of the dataset; default, for images: the embedded digits")
+    add("--weights", help=".safetensors file for an architecture")
+    add("--first_last", default="float", help="first and last layer of a model without quantizers: float, 8 or same")
+    add("--calibration_split", default="train")
+    add("--calibration_samples", type=int, default=512)
+    add("--eval_split", help="default: validation, valid or test")
+    add("--batch_size", type=int, default=128)
+    add("--seed", type=int, default=0, help="of the calibration set and of stochastic rounding")
+    add("--image_column_name")
+    add("--label_column_name")
+    add("--text_column_name", nargs="+", default=[])
+    add("--image_size", type=int)
+    add("--block_size", type=int, default=512, help="tokens of a language model's sample")
+
+
+def prepare(task: Task, args: argparse.Namespace, folder: Path) -> tuple[RobustQ, Any]:
+    """The plugin of a model, its own or a new one without quantizers, and a Trainer that runs it."""
+    from transformers import TrainingArguments
+
+    from hf_robustq.trainer import RobustTrainer
+
+    try:
+        plugin = RobustQ.of(task.model)
+        plugin.config = dataclasses.replace(plugin.config, seed=args.seed, calibration_samples=args.calibration_samples)
+    except ValueError:
+        edges = int(args.first_last) if args.first_last.isdigit() else args.first_last
+        own = {"first_last": edges, "seed": args.seed, "calibration_samples": args.calibration_samples}
+        plugin = RobustQ(task.model, RobustQConfig.from_dict(own))
+    training = TrainingArguments(
+        output_dir=str(folder),
+        per_device_eval_batch_size=args.batch_size,
+        report_to=[],
+        seed=args.seed,
+        dataloader_pin_memory=False,
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+    trainer = RobustTrainer(
+        model=task.model, args=training, eval_dataset=task.evaluation, robustq=plugin, sweep=(), **task.options
+    )
+    return plugin, trainer
