@@ -156,6 +156,12 @@ def prepare(task: Task, args: argparse.Namespace, folder: Path) -> tuple[RobustQ
         disable_tqdm=not sys.stderr.isatty(),
     )
     trainer = RobustTrainer(
-        model=task.model, args=training, eval_dataset=task.evaluation, robustq=plugin, sweep=(), **task.options
+        model=task.model,
+        args=training,
+        eval_dataset=task.evaluation,
+        train_dataset=task.train,
+        robustq=plugin,
+        sweep=(),
+        **task.options,
     )
     return plugin, trainer

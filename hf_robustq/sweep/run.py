@@ -129,7 +129,7 @@ def sweep(
                     if setting.reestimate:
                         if setting not in statistics:
                             assert calibration is not None
-                            statistics[setting] = reestimated(plugin.model, partial(calibration.mean_loss, model))
+                            statistics[setting] = reestimated(plugin.model, partial(calibration.run, model))
                         stack.enter_context(with_statistics(plugin.model, statistics[setting]))
                     outputs[setting.name] += [predict(model, batch) for batch in chunk]
     if not any(outputs.values()):

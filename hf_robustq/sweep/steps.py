@@ -30,7 +30,9 @@ Target = tuple[Site, Role]
 class Calibration:
     """Training samples that some settings read: "lapq", and the re-estimation of batch norms.
 
-    batches   read again and again
+    batches   with the evaluation transform, read again and again
+    augmented   for batch norms: as in training, augmentation included, or the statistics are of other images than those
+              the network was trained on (a CIFAR network trained on padded crops loses 3 points); default: `batches`
     loss      `loss(model, batch) -> the task's loss`, a mean over the batch; run without gradients in evaluation mode
     iterations   rounds of LAPQ's search over all tensors
     """
@@ -38,10 +40,16 @@ class Calibration:
     batches: Sequence[Any]
     loss: Callable[[Any, Any], Any]
     iterations: int = 2
+    augmented: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
         if not self.batches:
             raise ValueError("the calibration set is empty: give at least one batch of training data")
+
+    def run(self, model: Any) -> None:
+        """A pass over what batch norms are to see."""
+        for batch in self.augmented or self.batches:
+            self.loss(model, batch)
 
     def mean_loss(self, model: Any) -> float:
         losses = [torch.as_tensor(self.loss(model, batch)).detach().float() for batch in self.batches]

@@ -18,11 +18,13 @@ def forward(trainer: Trainer) -> Callable[[Any, Any], Any]:
     return lambda model, batch: trainer.prediction_step(model, dict(batch), prediction_loss_only=True)
 
 
-def calibration_batches(trainer: Trainer, dataset: Any, samples: int, seed: int) -> Iterator[Any]:
+def calibration_batches(
+    trainer: Trainer, dataset: Any, samples: int, seed: int, augmented: bool = False
+) -> Iterator[Any]:
     """`samples` random training samples in batches, the same on every rank; unaugmented, where a dataset can be."""
     if dataset is None:
         raise ValueError("calibration needs training data: pass train_dataset or calibration_dataset")
-    if callable(getattr(dataset, "evaluation", None)):
+    if callable(getattr(dataset, "evaluation", None)) and not augmented:
         dataset = dataset.evaluation()
     if not isinstance(dataset, IterableDataset):
         dataset = some_of(dataset, samples, seed)

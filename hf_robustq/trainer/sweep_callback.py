@@ -53,8 +53,8 @@ class BitWidthSweepCallback(TrainerCallback):
     max_samples   on a fixed random subset of that many samples (said in each row)
     metric        what robustness and worst are of; default: see `main_metric`
     greater_is_better   default: yes, unless the metric is a loss
-    calibration_dataset   training samples, with the evaluation transform, for activation steps, "lapq" and "/bn";
-                  default: the Trainer's training set
+    calibration_dataset   training samples, with the evaluation transform, for activation steps and "lapq"; default:
+                  the Trainer's training set (which "/bn" reads, augmentation included, where there is one)
     limit         bytes of batches kept at a time
     lapq_iterations   rounds of LAPQ's search, at every sweep anew
 
@@ -151,7 +151,11 @@ class BitWidthSweepCallback(TrainerCallback):
                 plugin.observe(batches, forward(trainer), activations=True)
             if any(setting.needs_calibration for setting in self.settings):
                 run = forward(trainer)
-                calibration = Calibration(batches, lambda model, batch: run(model, batch)[0], self.lapq_iterations)
+                dataset = dataset if trainer.train_dataset is None else trainer.train_dataset
+                augmented = list(calibration_batches(trainer, dataset, samples, plugin.config.seed, augmented=True))
+                calibration = Calibration(
+                    batches, lambda model, batch: run(model, batch)[0], self.lapq_iterations, augmented
+                )
             context["calibration_samples"] = sum(map(count_rows, batches))
         dataloader, batches, subset = self._subset(dataloader)
         try:
