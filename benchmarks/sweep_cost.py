@@ -1,6 +1,7 @@
-"""What a sweep costs: k weight-only configurations against k plain evaluations, side by side in one process.
+"""What a sweep costs: k weight-only settings against k plain evaluations, side by side in one process.
 
     python benchmarks/sweep_cost.py --dataset_name <cifar10 folder> [--samples 5000] [--model resnet20_cifar]
+    python benchmarks/sweep_cost.py --dataset_name <cifar10 folder> --settings w4 w4@kmeans w4@log2 w4@mse/bc w4@mse/x0.9
 
 Without --dataset_name: the embedded digits, repeated. Prints the time of one plain evaluation, of the sweep, and
 their quotient, which should be at most k + 0.5.
@@ -14,9 +15,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from hf_robustq import RobustQ, Setting, sweep
+from hf_robustq import RobustQ, sweep
 from hf_robustq.data import digits, image_datasets, load_image_splits
 from hf_robustq.models import image_classifier, preprocessing
+from hf_robustq.sweep import parse_settings
 
 
 def main() -> None:
@@ -25,7 +27,7 @@ def main() -> None:
     parser.add_argument("--model", default="resnet20_cifar")
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--batch", type=int, default=250)
-    parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 5, 4, 3, 2])
+    parser.add_argument("--settings", nargs="+", default=["w8", "w6", "w5", "w4", "w3", "w2"])
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -56,7 +58,7 @@ def main() -> None:
         with torch.no_grad():
             accuracy([predict(model, batch) for batch in loader])
 
-    settings = [Setting(weights=bits) for bits in options.bits]
+    settings = parse_settings(options.settings)
     evaluate()
     pairs = [
         (timed(evaluate), timed(lambda: sweep(plugin, loader, predict, accuracy, settings)))
@@ -64,7 +66,7 @@ def main() -> None:
     ]
     plain, swept = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
     quotient = statistics.median(pair[1] / pair[0] for pair in pairs)
-    print(f"{options.model}, {len(data)} images, k = {len(settings)} weight-only configurations")
+    print(f"{options.model}, {len(data)} images, k = {len(settings)} weight-only settings")
     print(
         f"plain evaluation {plain:.2f} s, sweep {swept:.2f} s: "
         f"{quotient:.2f} evaluations (k + {quotient - len(settings):.2f})"
