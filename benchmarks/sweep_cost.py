@@ -1,7 +1,7 @@
 """What a sweep costs: k weight-only settings against k plain evaluations, side by side in one process.
 
     python benchmarks/sweep_cost.py --dataset_name <cifar10 folder> [--samples 5000] [--model resnet20_cifar]
-    python benchmarks/sweep_cost.py --dataset_name <cifar10 folder> --settings w4 w4@kmeans w4@log2 w4@mse/bc w4@mse/x0.9
+    python benchmarks/sweep_cost.py --dataset_name <cifar10 folder> --settings w4 w4@kmeans w4@log2 w4@mse/bc
 
 Without --dataset_name: the embedded digits, repeated. Prints the time of one plain evaluation, of the sweep, and
 their quotient, which should be at most k + 0.5.

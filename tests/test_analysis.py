@@ -12,6 +12,7 @@ from hf_robustq import RobustQ, sweep
 from hf_robustq.analysis import layer_sensitivity, output_divergence, sharpness, weight_sqnr, weight_statistics
 from hf_robustq.grid import Grid
 from hf_robustq.scales import Sample, mse
+from hf_robustq.sweep import Calibration, Steps
 from tests.zoo import images, resnet, run
 
 
@@ -53,6 +54,38 @@ def test_sensitivity_is_a_sweep_of_each_layer_by_itself():
     for setting in ("trained", "w4@mse/bn"):
         with pytest.raises(ValueError, match="each layer by itself"):
             layer_sensitivity(plugin, batches, predict, mean, setting)
+
+
+def test_layers_that_share_a_weight_are_one():
+    model = network()
+    model[4] = nn.Linear(16, 16)
+    model[4].weight = model[2].weight
+    plugin = RobustQ(model, {"first_last": "same"})
+    x = torch.randn(32, 6)
+
+    def outputs(found):
+        return {"mean": float(torch.cat(found).double().mean())}
+
+    found = layer_sensitivity(plugin, [x], lambda model, x: model(x), outputs, "w2")
+    assert found["2.weight"] == found["4.weight"]
+    assert found["2.weight"]["only"] != found[""]["only"] and found["2.weight"]["without"] != found[""]["without"]
+    assert found["0.weight"]["without"] == found["2.weight"]["only"]
+
+
+def test_modifiers_and_searches_reach_the_analysis():
+    model, batches = resnet().eval(), [images(batch=5) for _ in range(2)]
+    plugin = RobustQ(model, {})
+    calibration = Calibration([images(batch=8)], lambda model, batch: run(model, batch).loss, iterations=1)
+    steps = Steps(plugin, calibration=calibration, forward=lambda: run(model, batches[0]))
+    plain, fold = (sum(weight_sqnr(plugin, setting, steps).values()) for setting in ("w3", "w3@mse/fold"))
+    assert plain != fold
+    settings = ("w3", "w3@mse/fold", "w3@mse/bn", "w3@lapq")
+    sums = [sum(output_divergence(plugin, batches, run, setting, calibration).values()) for setting in settings]
+    assert len(set(sums)) == 4
+    with pytest.raises(ValueError, match="w3@lapq: it reads training samples: pass calibration="):
+        output_divergence(plugin, batches, run, "w3@lapq")
+    with pytest.raises(ValueError, match="pass forward="):
+        weight_sqnr(plugin, "w3@mse/fold")
 
 
 def test_weight_statistics_are_scipys():
@@ -157,5 +190,11 @@ def test_sharpness_moves_the_float_weights_and_nothing_of_the_quantizers():
     assert around != pytest.approx(sharpness(plugin, [batch], loss, 1e-2), rel=1e-3)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
+    frozen = next(site for site in plugin.sites if site.name == "2.weight").parameter
+    frozen.requires_grad_(False)
+    assert 0 < sharpness(plugin, [batch], loss, 5e-2, around="quantized") != pytest.approx(large)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="load the model in float32"):
+        sharpness(RobustQ(network().bfloat16(), {}), [batch], loss)
     with pytest.raises(ValueError, match="positive rho"):
         sharpness(plugin, [batch], loss, 0.0)

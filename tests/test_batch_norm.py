@@ -19,6 +19,7 @@ class Tangle(nn.Module):
         super().__init__()
         self.plain, self.plain_norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
         self.before_relu, self.after_relu = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.in_place, self.after_in_place = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
         self.twice, self.one, self.other = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
         self.up, self.up_norm = nn.ConvTranspose2d(4, 6, 2), nn.BatchNorm2d(6)
         self.rows, self.rows_norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
@@ -27,6 +28,7 @@ class Tangle(nn.Module):
     def forward(self, x):
         x = self.plain_norm(self.plain(x))
         x = self.after_relu(self.before_relu(x).relu())
+        x = self.after_in_place(self.in_place(x).relu_())
         x = self.one(self.twice(x)) + self.other(self.twice(x))
         x = self.up_norm(self.up(x)).mean(3)[..., :6]  # [N, 6, 6]: channels, then positions
         return self.flat_norm(self.flat(self.rows_norm(self.rows(x)).mean(1)))
@@ -121,7 +123,7 @@ def test_models_without_batch_norm_are_told():
         sweep(plugin, batches, **call, settings=["w4@mse/bn"], calibration=calibration)
     with pytest.raises(ValueError, match="followed by a batch norm: drop /fold"):
         sweep(plugin, batches, **call, settings=["w4@mse/fold"])
-    with pytest.raises(ValueError, match="w4@mse/bn, w4@lapq: these read training samples: pass calibration="):
+    with pytest.raises(ValueError, match="w4@mse/bn: it reads training samples: pass calibration="):
         sweep(plugin, batches, **call, settings=["fp", "w4@mse/bn", "w4@lapq"])
     with pytest.raises(ValueError, match="calibration set is empty"):
         Calibration([], lambda model, x: model(x).sum())

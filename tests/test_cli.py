@@ -54,17 +54,18 @@ def test_two_models_under_many_quantizers(folders, tmp_path, capsys):
         "w3@lapq",
         "trained",
     ]
-    with pytest.raises(SystemExit, match="^error: trained: the model has no quantizers of its own"):
-        main([*command, "--lapq_iterations", "1"])
-    command = [word for word in command if word != "trained"]
     main([*command, "--lapq_iterations", "1"])
     found = rows(out)
-    assert len(found) == 2 * (1 + 2 * 2 * 3 * 3 + 1)
+    assert len(found) == 2 * (1 + 2 * 2 * 3 * 3 + 1) + 1
     printed = capsys.readouterr().out
+    assert "no quantizers of its own, so no trained" in printed
     assert f"{len(found)} rows in {out}/rows.json" in printed and "W3/A8 log2/bn/x0.8" in printed
     for (model, _), row in found.items():
         assert row["samples"] == 64 and row["seed"] == 0 and row["subset"] == "64 of 360, seed 0"
-        needs = row["activations"] or "bn" in row["setting"] or "lapq" in row["setting"]
+        trained = row["setting"] == "trained"
+        needs = (row["activations"] and not trained) or "bn" in row["setting"] or "lapq" in row["setting"]
+        assert row["method"] == (None if trained or row["setting"] == "fp" else row["method"])
+        assert row["reestimate"] == ("/bn" in row["setting"]) and (row["ratio"] == 0.8) == ("x0.8" in row["setting"])
         assert row["calibration"] == ("train: 64 samples, seed 0" if needs else None)
         if row["setting"] == "fp":  # the stored float weights are the same
             assert row["loss"] == pytest.approx(found[str(folders / "float"), "fp"]["loss"], rel=1e-6), model
@@ -111,8 +112,23 @@ def test_the_models_own_quantizers_and_going_on(folders, tmp_path, capsys):
     assert len(re.findall(r"accuracy \d", printed)) == 1 and len(again) == 5
     assert all(again[key] == row for key, row in found.items())
 
-    with pytest.raises(SystemExit, match=r"holds another sweep \(seed differ\): name another --out"):
-        main([*command, "--seed", "1", "--settings", "w4"])
+    for flag in (["--seed", "1"], ["--first_last", "8"], ["--batch_size", "16"], ["--lapq_iterations", "3"]):
+        why = rf"holds another sweep \({flag[0][2:]} differ\): name another --out"
+        with pytest.raises(SystemExit, match=why):
+            main([*command, *flag, "--settings", "w4"])
+    from safetensors.torch import load_file, save_file
+
+    file = folders / "lsq" / "model.safetensors"
+    before = file.read_bytes()
+    changed = {key: value.clone() for key, value in load_file(file).items()}
+    changed["timm_model.linear.bias"] += 1
+    save_file(changed, file, {"format": "pt"})
+    with pytest.raises(SystemExit, match="is not what it was when its rows in"):
+        main([*command, "--settings", "w3"])
+    file.write_bytes(before)
+    (out / "rows.json").write_text("[]")
+    with pytest.raises(SystemExit, match="rows.json is no sweep's, or damaged"):
+        main([*command, "--settings", "w3"])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(SystemExit, match="is not empty and no sweep's"):
@@ -124,21 +140,25 @@ def test_an_analysis_is_what_the_functions_say(folders, tmp_path, capsys):
 
     out = tmp_path / "analysis.json"
     command = ["analyze", str(folders / "lsq"), "--out", str(out), "--samples", "32", *SMALL[2:], "--rho", "1e-4"]
-    main([*command, "--settings", "w3", "w4a4", "trained"])
+    with pytest.raises(SystemExit, match="trained: sensitivity quantizes each layer by itself"):
+        main([*command, "--settings", "w3", "trained"])
+    main([*command, "--settings", "w3", "w4a4"])
+    with pytest.raises(SystemExit, match="is there already: name another --out"):
+        main([*command, "--settings", "w3", "w4a4"])
     found = json.loads(out.read_text())
     model = from_pretrained(image_class(), folders / "lsq", bits="trained", trainable=True)
     plugin = RobustQ.of(model)
     sizes = {site.name: site.parameter.numel() for site in plugin.sites}
     names = list(sizes)
-    assert list(found["weights"]) == names and list(found["settings"]) == ["w3", "w4a4", "trained"]
+    assert list(found["statistics"]) == names and list(found["settings"]) == ["w3", "w4a4"]
     statistics, noise = weight_statistics(plugin), weight_sqnr(plugin, "w3")
     for name in names:
-        assert found["weights"][name]["kurtosis"] == pytest.approx(statistics[name].kurtosis)
-        assert sum(found["weights"][name]["counts"]) == sizes[name]
+        assert found["statistics"][name]["kurtosis"] == pytest.approx(statistics[name].kurtosis)
+        assert sum(found["statistics"][name]["counts"]) == sizes[name]
         assert found["settings"]["w3"]["sqnr"][name] == pytest.approx(noise[name])
         assert found["settings"]["w4a4"]["divergence"][name] > 0
     sensitivity = found["settings"]["w3"]["sensitivity"]
-    assert list(sensitivity) == ["", *names] and "sensitivity" not in found["settings"]["trained"]
+    assert list(sensitivity) == ["", *names]
     assert sensitivity[""]["only"] == found["settings"]["w4a4"]["sensitivity"][""]["only"]
     assert {"loss", "accuracy"} == set(sensitivity[""]["only"]) and len(found["sharpness"]["0.0001"]) == 4
     assert "sharpness, rho 0.0001, ball around the stored weights" in capsys.readouterr().out
@@ -157,7 +177,9 @@ def test_bad_input_ends_in_one_line(folders, tmp_path):
         "--batch_size",
         "32",
     )
-    fails("calibrating on 'train', which is measured on, flatters", "--eval_split", "train")
+    fails("--steps and --also go with --bits", "--steps", "0.8:1.2", "--settings", "w4")
+    fails("nosuchmodel is no folder, no Hub id", *SMALL, model="nosuchmodel")
+    fails("w4@kmeans/asym: /asym is for evenly spaced levels", "--bits", "4", "--methods", "kmeans", "--also", "asym")
     fails("--steps takes LOW:HIGH", "--bits", "4", "--steps", "1.2:0.8")
     fails("kmeans takes at most 8 bits", "--bits", "9", "--methods", "kmeans")
     fails("unknown scale rule 'lapqq'", "--bits", "4", "--methods", "lapqq")
@@ -171,9 +193,29 @@ def test_bad_input_ends_in_one_line(folders, tmp_path):
     weights[name][0, 0, 0, 0] = float("nan")
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
     (broken / "config.json").write_text((folders / "float" / "config.json").read_text())
-    fails("layer2.0.conv1.weight: non-finite values", *SMALL, "--bits", "4", model=broken)
+    fails("broken: non-finite values in timm_model.layer2.0.conv1.weight", *SMALL, "--bits", "4", model=broken)
     with pytest.raises(ValueError):
         main(["sweep", str(tmp_path), "--out", str(tmp_path / "out"), *SMALL, "--debug"])
+
+
+def test_calibrating_on_what_is_measured_is_refused(texts, folders, tmp_path, capsys):
+    command = [
+        "sweep",
+        str(folders / "float"),
+        "--data",
+        str(texts[0] / "data"),
+        "--out",
+        str(tmp_path / "out"),
+        *SMALL,
+    ]
+    for more in (["--calibration_split", "validation"], ["--eval_split", "train"]):
+        with pytest.raises(SystemExit, match="which is measured on, flatters every figure"):
+            main([*command, *more])
+    with pytest.raises(SystemExit, match="no split 'dev': choose with --calibration_split from train, validation"):
+        main([*command, "--calibration_split", "dev"])
+    analysis = ["analyze", *command[1:4], "--out", str(tmp_path / "a.json"), "--calibration_split", "validation"]
+    with pytest.raises(SystemExit, match="which is measured on, flatters every figure"):
+        main([*analysis, *SMALL[2:]])
 
 
 def test_step_ratios():
@@ -237,16 +279,13 @@ def test_models_of_texts(texts, task, tmp_path):
 def test_every_method_is_listed_with_its_paper(capsys):
     listed = {(kind, name): paper for kind, name, paper, _ in methods()}
     names = {name for _, name in listed}
-    assert names == {*SCALE_RULES, "lapq", *CODEBOOK_RULES, *QUANTIZERS, *REGULARIZERS}
-    expected = {
-        "lsq": "1902.08153",
-        "lapq": "1911.07190",
-        "aciq": "1810.05723",
-        "kure": "2002.07686",
-        "noise": "2212.05603",
-    }
+    assert names >= {*SCALE_RULES, "lapq", "learned", *CODEBOOK_RULES, *QUANTIZERS, *REGULARIZERS, "/bc, /bcv"}
+    expected = {"lsq": "1902.08153", "lapq": "1911.07190", "aciq": "1810.05723", "kure": "2002.07686"}
+    without = {"absmax", "mse", "percentile", "kmeans", "fixed", "learned", "sensitivity", "divergence"}
     for (_, name), paper in listed.items():
-        assert paper == expected.get(name, paper)
+        if not name.startswith("/"):
+            assert bool(paper) == (name not in without), name
+            assert paper == expected.get(name, paper)
     main(["methods"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in names) and "arXiv 1606.06160" in printed

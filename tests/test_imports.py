@@ -34,8 +34,8 @@ ALLOWED = {
     "models": {"models"},
     "trainer": {"calibrate", "card", "config", "distributed", "plugin", "schedules", "sweep", "trainer"},
     "cli": {
-        "__version__", "analysis", "card", "cli", "config", "data", "hub", "metrics", "plugin", "quantizers", "recipe",
-        "regularizers", "scales", "sweep", "trainer",
+        "__version__", "analysis", "card", "cli", "config", "data", "hub", "metrics", "models", "plugin", "quantizers",
+        "recipe", "regularizers", "scales", "sweep", "trainer",
     },
     "analysis": {"analysis", "calibrate", "functional", "plugin", "scales", "sharded", "sites", "sweep"},
     "recipe": {"card", "config", "data", "metrics", "models", "sweep", "trainer"},

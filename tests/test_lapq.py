@@ -43,6 +43,12 @@ def test_it_is_never_worse_than_the_best_start_and_survives_infinities():
         return 0.0 if torch.equal(steps[0], best[0]) else float("inf")
 
     assert torch.equal(lapq(lambda p: best, loss, 1)[0], best[0])
+    nan_at_first = lapq(
+        lambda p: [torch.tensor([p])], lambda steps: float("nan") if float(steps[0]) < 1.9 else float(steps[0]), 1
+    )
+    assert float(nan_at_first[0]) == pytest.approx(1.9, abs=0.15)
+    with pytest.raises(ValueError, match="not finite at any steps"):
+        lapq(lambda p: best, lambda steps: float("nan"))
     calls = []
     lapq(lambda p: best * 3, lambda steps: calls.append(1) or float(steps[0]), 5, evaluations=7)
     assert len(calls) <= 6 + 7 + 40  # scipy finishes the line it is on

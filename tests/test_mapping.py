@@ -37,16 +37,18 @@ def test_rounding_is_decimals(rounding, mode):
     assert to_integer(x, rounding).tolist() == expected
 
 
-def test_stochastic_rounding_is_unbiased_and_the_same_for_the_same_seed_and_name():
+def test_stochastic_rounding_is_unbiased_and_the_same_for_the_same_seed():
     x = torch.full((40_000,), 2.3)
     codes = to_integer(x, "stochastic", torch.Generator().manual_seed(0))
     assert set(codes.tolist()) == {2.0, 3.0} and abs(float(codes.mean()) - 2.3) < 0.01
 
-    def drawn(name, seed):
-        return uniform(torch.ones(1), *ends(Grid(bits=4)), None, "stochastic", name=name, seed=seed)(x)
+    def drawn(seed, same):
+        mapping = uniform(torch.ones(1), *ends(Grid(bits=4)), None, "stochastic", seed=seed, same=same)
+        return mapping(x), mapping(x)
 
-    assert torch.equal(drawn("a", 0), drawn("a", 0))
-    assert not torch.equal(drawn("a", 0), drawn("b", 0)) and not torch.equal(drawn("a", 0), drawn("a", 1))
+    (one, two), (first, second) = drawn(0, True), drawn(0, False)
+    assert torch.equal(one, two) and torch.equal(one, first) and not torch.equal(first, second)
+    assert not torch.equal(one, drawn(1, True)[0])
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(8, np.int8), (16, np.int16)])
@@ -127,6 +129,16 @@ def test_folding_is_what_fusing_and_then_quantizing_gives():
     expected = fused(x)
     conv.weight.data = folded(quantize, gain(norm), 0)(conv.weight.data)
     torch.testing.assert_close(norm(conv(x)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_weights_are_folded_in_float32():
+    w, factor = normal(8, 64).bfloat16(), torch.rand(8) + 0.5
+    grid = Grid(bits=4, narrow=True)
+    quantize = uniform(torch.tensor([0.3]), *ends(grid), None)
+    expected = quantize(w.float() * factor[:, None]) / factor[:, None]
+    assert torch.equal(folded(quantize, factor, 0)(w), expected.bfloat16())
+    plain = corrected(quantize, 0, variance=False)(w.float())
+    assert torch.equal(corrected(quantize, 0, variance=False)(w), plain.bfloat16())
 
 
 @pytest.mark.parametrize(("step", "log", "value"), [(0.7, 0.5, 0.5), (0.72, 1.0, 0.5), (0.76, 1.0, 1.0), (3.0, 4, 4)])

@@ -36,6 +36,7 @@ def mean_logit(outputs):
         ("w3@absmax", Setting(weights=3, scale="absmax")),
         ("w3@mse/channel", Setting(weights=3, per_channel=True)),
         ("fp/bn", Setting(reestimate=True)),
+        ("w4a4@mse/weights/x0.9", Setting(weights=4, activations=4, perturb_inputs=False, ratio=0.9)),
         ("trained/x0.9", Setting(trained=True, ratio=0.9)),
         ("w4a8@learned/pow2", Setting(weights=4, activations=8, scale="learned", power_of_two="log")),
         ("w4@kmeans/channel/bc", Setting(weights=4, scale="kmeans", per_channel=True, correction="mean")),
@@ -128,6 +129,15 @@ def test_learned_steps_at_other_bits_keep_their_clip_range(config, first_last):
         assert rows[name]["mean"] == pytest.approx(expected["mean"], rel=1e-5)
 
 
+def test_settings_that_mean_nothing_are_refused():
+    for values in ({"rounding": "nearest"}, {"overflow": "clip"}, {"power_of_two": "yes"}, {"scale": "absmax"}):
+        with pytest.raises(ValueError, match="cannot be|needs weight or activation bits"):
+            Setting(**({"weights": 4} if "scale" not in values else {}), **values)
+    model, batches = model_and_batches(1)
+    with pytest.raises(ValueError, match="listed twice"):
+        sweep(RobustQ(model, {}), batches, predict, mean_logit, ["w4@mse/x0.8", "w4@mse/x0.80000000000001"])
+
+
 @pytest.mark.parametrize("config", LEARNED[:2], ids=["lsq", "lsq per channel"])
 def test_the_models_own_steps_times_a_ratio(config):
     """Against a copy whose learned steps were multiplied."""
@@ -200,9 +210,101 @@ def test_every_codebook_and_modifier_runs_on_inputs_too():
     plugin = RobustQ(model, {})
     plugin.observe(batches, run, activations=True)
     settings = ["w4a4", *(f"w4a4@{rule}" for rule in ("kmeans", "log2", "aciq_laplace", "percentile"))]
-    settings += [f"w4a4@mse/{m}" for m in ("asym", "pow2", "x0.9", "floor", "stochastic", "wrap", "unclipped")]
+    perturbed = ("asym", "pow2", "x0.9", "floor", "stochastic", "wrap", "unclipped", "weights/x0.9")
+    settings += [f"w4a4@mse/{m}" for m in perturbed]
     rows = sweep(plugin, batches, predict, mean_logit, settings)
     assert len({row["mean"] for row in rows.values()}) == len(settings)
+    again = sweep(plugin, batches, predict, mean_logit, ["w4a4@mse/stochastic"], limit=1)  # a chunk for each batch
+    assert again["w4a4@mse/stochastic"] == rows["w4a4@mse/stochastic"]
+
+
+def test_inputs_are_what_the_formulas_say():
+    """Layers hooked, one setting at a time: the float weights, and inputs by each method's slow definition."""
+    import math
+
+    import numpy as np
+
+    from hf_robustq import Grid
+    from hf_robustq.calibrate import input_probe
+
+    model, batches = model_and_batches(2)
+    plain = copy.deepcopy(model)
+    plugin = RobustQ(model, {})
+    plugin.observe(batches, run, activations=True)
+    samples = {site.name.removesuffix(".weight"): input_probe(site).sample() for site in plugin.sites}
+    assert all(float(sample.minimum) >= 0 for sample in samples.values())  # after ReLUs: 0 .. 15
+
+    def step(sample):
+        return np.float32(float(mse(sample, Grid(bits=4, signed=False))))
+
+    def wrap(x, sample):
+        return np.remainder(np.round(x / step(sample)), 16) * step(sample)
+
+    def asym(x, sample):
+        top = min(float(sample.maximum), 15 * float(mse(sample, Grid(bits=4, signed=False))))
+        return np.clip(np.round(x / (top / 15)), 0, 15) * (top / 15)
+
+    def log2(x, sample):
+        top = round(math.log2(float(sample.maximum)))
+        exponent = np.round(np.log2(np.maximum(x, 1e-30)))
+        return np.where(exponent < top - 14, 0, 2.0 ** np.minimum(exponent, top))
+
+    def scaled(x, sample):
+        return np.clip(np.round(x / (0.8 * step(sample))), 0, 15) * (0.8 * step(sample))
+
+    def by_hand(formula):
+        twin = copy.deepcopy(plain)
+        for name, module in twin.named_modules():
+            if name in samples:
+                hook = lambda _, args, s=samples[name]: (torch.from_numpy(formula(args[0].numpy(), s)).float(),)  # noqa: E731
+                module.register_forward_pre_hook(hook)
+        with torch.no_grad():
+            return mean_logit([predict(twin, batch) for batch in batches])["mean"]
+
+    expected = {"a4@mse/wrap": wrap, "a4@mse/asym": asym, "a4@log2": log2, "a4@mse/x0.8": scaled}
+    rows = sweep(plugin, batches, predict, mean_logit, list(expected))
+    for name, formula in expected.items():
+        assert rows[name]["mean"] == pytest.approx(by_hand(formula), rel=1e-3), name
+
+
+def test_folded_and_corrected_settings_are_what_doing_so_by_hand_gives():
+    """Batch norms fused by torch, weights overwritten."""
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    from hf_robustq import Grid
+
+    model, batches = model_and_batches(2)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.3, 2.0)
+            nn.init.uniform_(module.running_var, 0.3, 2.0)
+    plain = copy.deepcopy(model)
+    plugin = RobustQ(model, {})
+    rows = sweep(plugin, batches, predict, mean_logit, ["w4", "w4@mse/fold", "w4@mse/bcv"])
+    names = [site.name.removesuffix(".weight") for site in plugin.sites]
+
+    def quantized(w):
+        scale = mse(Sample.of(w), Grid(bits=4, narrow=True)).float()
+        return (w / scale).round().clamp(-7, 7) * scale
+
+    fused, corrected = copy.deepcopy(plain), copy.deepcopy(plain)
+    modules = dict(fused.named_modules())
+    with torch.no_grad():
+        for name in names:
+            parent, _, own = name.rpartition(".")
+            norm = f"{parent}.{own.replace('conv', 'bn') if 'conv' in own else int(own) + 1}"
+            norm = norm if norm in modules else "timm_model.bn1"  # after the last convolution of the stem
+            conv = fuse_conv_bn_eval(modules[name], modules[norm])
+            conv.weight.copy_(quantized(conv.weight))
+            setattr(modules[parent], own, conv)
+            setattr(modules[norm.rpartition(".")[0]], norm.rpartition(".")[2], nn.Identity())
+            w = corrected.get_parameter(f"{name}.weight")
+            q = quantized(w)
+            spread = w.std((1, 2, 3), correction=0, keepdim=True) / q.std((1, 2, 3), correction=0, keepdim=True)
+            w.copy_((q - q.mean((1, 2, 3), keepdim=True)) * spread + w.mean((1, 2, 3), keepdim=True))
+        for setting, twin in (("w4@mse/fold", fused), ("w4@mse/bcv", corrected)):
+            expected = mean_logit([predict(twin, batch) for batch in batches])["mean"]
+            assert rows[setting]["mean"] == pytest.approx(expected, rel=1e-3) != rows["w4"]["mean"]
 
 
 def test_a_reshaped_weight_read_without_its_quantizer_is_warned_of(caplog):

@@ -15,7 +15,7 @@ from hf_robustq.calibrate import undisturbed
 from hf_robustq.plugin import RobustQ
 from hf_robustq.sharded import whole
 from hf_robustq.sites import Site
-from hf_robustq.sweep import Setting, Steps, quantized
+from hf_robustq.sweep import Calibration, Setting, Steps, quantized
 
 Forward = Callable[[Any, Any], Any]
 
@@ -60,11 +60,14 @@ def _statistics(site: Site, bins: int) -> WeightStatistics:
     )
 
 
-def weight_sqnr(plugin: RobustQ, setting: Setting | str) -> dict[str, float]:
-    """By weight, 10 * log10(sum w^2 / sum (w - Q(w))^2) in dB under a setting; infinity where nothing is lost."""
+def weight_sqnr(plugin: RobustQ, setting: Setting | str, steps: Steps | None = None) -> dict[str, float]:
+    """By weight, 10 * log10(sum w^2 / sum (w - Q(w))^2) in dB under a setting; infinity where nothing is lost.
+
+    steps   `Steps(plugin, calibration=..., forward=...)` for settings that need training samples or fold batch norms
+    """
     setting = Setting.parse(setting) if isinstance(setting, str) else setting
     found = {}
-    with undisturbed(plugin.model), quantized(plugin, setting, Steps(plugin)):
+    with undisturbed(plugin.model), quantized(plugin, setting, steps or Steps(plugin)):
         for site in plugin.sites:
             with whole(site.parameter) as weight:
                 w = weight.double()
@@ -75,7 +78,12 @@ def weight_sqnr(plugin: RobustQ, setting: Setting | str) -> dict[str, float]:
 
 
 def output_divergence(
-    plugin: RobustQ, batches: Iterable[Any], forward: Forward, setting: Setting | str, bins: int = 256
+    plugin: RobustQ,
+    batches: Iterable[Any],
+    forward: Forward,
+    setting: Setting | str,
+    calibration: Calibration | None = None,
+    bins: int = 256,
 ) -> dict[str, float]:
     """By layer, in the order of the forward pass: KL(P || Q) in nats between histograms of its output, as in Fig. 1A of
     SymReg and SatNL: P of the float model, Q of the model as `setting` has it, errors of earlier layers included.
@@ -105,7 +113,7 @@ def output_divergence(
 
         return add
 
-    steps = Steps(plugin)
+    steps = Steps(plugin, calibration=calibration, forward=lambda: forward(plugin.model, kept[0]))
     with undisturbed(plugin.model):
         for observe, how in ((widen, Setting()), (count(0), Setting()), (count(1), setting)):
             with quantized(plugin, how, steps), _outputs(plugin.sites, observe):

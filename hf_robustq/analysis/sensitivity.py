@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
-from hf_robustq.calibrate import float_model, undisturbed
+from hf_robustq.calibrate import float_model, undisturbed, weight_probe
 from hf_robustq.plugin import RobustQ
 from hf_robustq.sweep import Calibration, Setting, Steps, chunked
 from hf_robustq.sweep.run import Metric, Predict
@@ -24,21 +25,25 @@ def layer_sensitivity(
 
     Besides, under "": {"only": nothing quantized, "without": everything quantized}. The data is read once, in chunks of
     `limit` bytes, for 2n + 2 evaluations. Arguments as of `sweep`; a setting with activations quantizes a layer's input
-    along with its weight. Raises `ValueError` for the model's own quantizers and for batch norms re-estimated.
+    along with its weight; layers that share a weight are one. Raises `ValueError` for the model's own quantizers and
+    for batch norms re-estimated.
     """
     setting = Setting.parse(setting) if isinstance(setting, str) else setting
     if setting.own or setting.reestimate:
         raise ValueError(f"{setting.name}: sensitivity takes settings that quantize each layer by itself")
-    names = [site.name for site in plugin.sites]
-    chosen: dict[tuple[str, str], set[str]] = {("", "only"): set(), ("", "without"): set(names)}
-    for name in names:
-        chosen[name, "only"], chosen[name, "without"] = {name}, set(names) - {name}
+    shared: dict[int, set[str]] = {}
+    for site in plugin.sites:
+        shared.setdefault(id(weight_probe(site)), set()).add(site.name)
+    names = {site.name for site in plugin.sites}
+    chosen: dict[tuple[str, str], set[str]] = {("", "only"): set(), ("", "without"): names}
+    for site in plugin.sites:
+        layer = shared[id(weight_probe(site))]
+        chosen[site.name, "only"], chosen[site.name, "without"] = layer, names - layer
     outputs: dict[tuple[str, str], list[Any]] = {key: [] for key in chosen}
     steps = Steps(plugin, calibration=calibration)
     with undisturbed(plugin.model):
         for chunk in chunked(batches, limit):
-            if setting.fold and not steps.norms:
-                steps.find_norms(lambda first=chunk[0]: predict(plugin.model, first))
+            steps.forward = partial(predict, plugin.model, chunk[0])
             for key, some in chosen.items():
                 with float_model(plugin.sites):
                     steps.apply(setting, some)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -64,7 +64,9 @@ def sharpness(
                 slopes = [s if f is None else s + f for s, f in zip(slopes, found, strict=True)]
         return total, slopes
 
-    with _restored(weights), undisturbed(plugin.model), ExitStack() as stack:
+    if any(weight.dtype not in (torch.float32, torch.float64) for weight in weights):
+        raise ValueError("sharpness moves weights by less than half precision can tell: load the model in float32")
+    with _restored(plugin.model.parameters()), undisturbed(plugin.model), ExitStack() as stack:
         if around == "quantized":
             stack.enter_context(_baked(plugin))
         origin = [weight.detach().clone() for weight in weights]
@@ -108,7 +110,7 @@ def _box(rise: Callable[..., tuple[float, list[Tensor]]], limits: list[Tensor], 
 def _baked(plugin: RobustQ) -> Iterator[None]:
     """The stored weights on their grids, the weights' quantizers off."""
     own = [stage for stage in quantizers(plugin.sites) if stage.role == "weight"]
-    for site in plugin.sites:
+    for site in {id(site.parameter): site for site in plugin.sites}.values():  # a shared weight once
         site.parameter.copy_(site.weight_stages(site.parameter))
     enabled = [stage.enabled for stage in own]
     try:
@@ -121,8 +123,9 @@ def _baked(plugin: RobustQ) -> Iterator[None]:
 
 
 @contextmanager
-def _restored(weights: Sequence[Tensor]) -> Iterator[None]:
-    """The weights come back to the bit."""
+def _restored(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """The parameters come back to the bit."""
+    weights = list(parameters)
     origin = [weight.detach().clone() for weight in weights]
     try:
         yield

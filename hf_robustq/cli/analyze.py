@@ -23,10 +23,21 @@ import numpy as np
 from torch import Tensor
 
 from hf_robustq.analysis import layer_sensitivity, output_divergence, sharpness, weight_sqnr, weight_statistics
-from hf_robustq.cli.tasks import add_task, load_task, prepare
-from hf_robustq.sweep import parse_settings
+from hf_robustq.cli.tasks import add_task, check_calibration, load_task, prepare
+from hf_robustq.sweep import Calibration, Steps, parse_settings
 
-PARTS = ("weights", "sqnr", "divergence", "sensitivity", "sharpness")
+SAID = (
+    "model",
+    "data",
+    "weights",
+    "first_last",
+    "eval_split",
+    "samples",
+    "calibration_split",
+    "calibration_samples",
+    "seed",
+)
+PARTS = ("statistics", "sqnr", "divergence", "sensitivity", "sharpness")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -45,15 +56,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     return parser
 
 
-def _metrics(outputs: list[tuple[Any, ...]]) -> dict[str, float]:
-    """The mean loss, and the accuracy where predictions are classes of whole samples."""
-    losses, logits, labels = zip(*outputs, strict=True)
-    counts = [len(batch) for batch in labels]
-    found = {"loss": float(np.average([float(loss) for loss in losses], weights=counts))}
-    if labels[0].dim() == 1:
-        right = [(batch.argmax(-1) == wanted).float().sum() for batch, wanted in zip(logits, labels, strict=True)]
-        found["accuracy"] = float(sum(right)) / sum(counts)
-    return found
+def _metrics(outputs: list[tuple[float, int | None, int]]) -> dict[str, float]:
+    """The mean loss, and the accuracy where each sample has a class."""
+    losses, hits, counts = zip(*outputs, strict=True)
+    found = {"loss": float(np.average(losses, weights=counts))}
+    return found if hits[0] is None else {**found, "accuracy": sum(hits) / sum(counts)}
 
 
 def _plain(value: Any) -> Any:
@@ -71,39 +78,57 @@ def run(args: argparse.Namespace) -> None:
     from hf_robustq.trainer.batches import calibration_batches, forward
 
     settings = parse_settings(args.settings)
+    alone = [setting.name for setting in settings if setting.own or setting.reestimate]
+    if alone and "sensitivity" in args.parts:
+        raise ValueError(f"{', '.join(alone)}: sensitivity quantizes each layer by itself: leave it out of --parts")
+    if args.out.exists():
+        raise ValueError(f"{args.out} is there already: name another --out")
+    check_calibration(args)
     task = load_task(args.model, args)
     plugin, trainer = prepare(task, args, args.out.parent)
     batches = list(calibration_batches(trainer, task.evaluation, args.samples, args.seed))
+    known = list(calibration_batches(trainer, task.train, args.calibration_samples, args.seed))
+    augmented = list(calibration_batches(trainer, task.train, args.calibration_samples, args.seed, augmented=True))
     call = forward(trainer)
+    calibration = Calibration(known, lambda model, batch: call(model, batch)[0], augmented=augmented)
     if any(setting.activations for setting in settings):
-        known = calibration_batches(trainer, task.train, args.calibration_samples, args.seed)
         plugin.observe(known, call, activations=True)
 
-    def predict(model: Any, batch: Any) -> tuple[Any, ...]:
+    def predict(model: Any, batch: Any) -> tuple[float, int | None, int]:
         loss, logits, labels = trainer.prediction_step(model, dict(batch), prediction_loss_only=False)
-        return loss.cpu(), logits.cpu(), labels.cpu()
+        hits = int((logits.argmax(-1) == labels).sum()) if labels.dim() == 1 else None
+        return float(loss), hits, len(labels)
 
     def loss(model: Any, batch: Any) -> Tensor:
         return model(**send_to_device(dict(batch), trainer.args.device)).loss
 
-    result: dict[str, Any] = {"model": args.model, "samples": args.samples, "seed": args.seed}
-    if "weights" in args.parts:
-        result["weights"] = weight_statistics(plugin)
+    result: dict[str, Any] = {key: getattr(args, key) for key in SAID}
+
+    def write(said: str) -> None:
+        draft = args.out.with_suffix(".tmp")
+        draft.write_text(json.dumps(_plain(result), indent=1), encoding="utf-8")
+        draft.replace(args.out)
+        print(said, flush=True)
+
+    if "statistics" in args.parts:
+        result["statistics"] = weight_statistics(plugin)
+        write("statistics of the weights")
     for setting in settings:
         own = result.setdefault("settings", {}).setdefault(setting.name, {})
-        if "sqnr" in args.parts and setting.weights:
-            own["sqnr"] = weight_sqnr(plugin, setting)
+        steps = Steps(plugin, calibration=calibration, forward=lambda: call(plugin.model, batches[0]))
+        if "sqnr" in args.parts and (setting.weights or setting.trained):
+            own["sqnr"] = weight_sqnr(plugin, setting, steps)
+            write(f"{setting.name}: signal to noise")
         if "divergence" in args.parts:
-            own["divergence"] = output_divergence(plugin, batches, call, setting)
-        if "sensitivity" in args.parts and not setting.own:
-            own["sensitivity"] = layer_sensitivity(plugin, batches, predict, _metrics, setting)
+            own["divergence"] = output_divergence(plugin, batches, call, setting, calibration)
+            write(f"{setting.name}: divergence")
+        if "sensitivity" in args.parts:
+            own["sensitivity"] = layer_sensitivity(plugin, batches, predict, _metrics, setting, calibration)
+            write(f"{setting.name}: sensitivity")
     if "sharpness" in args.parts:
-        for rho in args.rho:
-            own = result.setdefault("sharpness", {}).setdefault(f"{rho:g}", {})
-            for kind, around in itertools.product(("ball", "box"), ("stored", "quantized")):
-                value = sharpness(plugin, batches, loss, rho, kind, around=around)
-                own[f"{kind}, {around}"] = value
-                print(f"sharpness, rho {rho:g}, {kind} around the {around} weights: {value:.4f}", flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(_plain(result), indent=1), encoding="utf-8")
-    print(f"{', '.join(args.parts)} in {args.out}")
+        where = ("stored", "quantized") if plugin.config.weights else ("stored",)
+        for rho, kind, around in itertools.product(args.rho, ("ball", "box"), where):
+            value = sharpness(plugin, batches, loss, rho, kind, around=around)
+            result.setdefault("sharpness", {}).setdefault(f"{rho:g}", {})[f"{kind}, {around}"] = value
+            write(f"sharpness, rho {rho:g}, {kind} around the {around} weights: {value:.4f}")
+    print(f"all in {args.out}")

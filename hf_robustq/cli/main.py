@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         args.run(args)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         if args.debug:
             raise
-        raise SystemExit(f"error: {error}") from None
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SystemExit(f"error: {first}") from None

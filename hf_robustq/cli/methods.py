@@ -9,17 +9,31 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from hf_robustq.quantizers import QUANTIZERS
+from hf_robustq.analysis import layer_sensitivity, output_divergence, sharpness
+from hf_robustq.quantizers import LEARNED, QUANTIZERS, Quantizer
 from hf_robustq.regularizers import REGULARIZERS
 from hf_robustq.scales import CODEBOOK_RULES, SCALE_RULES
+from hf_robustq.sweep.batch_norm import reestimated
 from hf_robustq.sweep.lapq import lapq
+from hf_robustq.sweep.mapping import asymmetric, corrected, folded, into_range, to_integer
 from hf_robustq.sweep.settings import LAPQ
+from hf_robustq.sweep.steps import perturbed
 
 TABLES: dict[str, dict[str, Any]] = {
-    "steps from data": {**SCALE_RULES, LAPQ: lapq},
-    "codebooks": CODEBOOK_RULES,
+    "steps from data, for --methods": {**SCALE_RULES, LAPQ: lapq, LEARNED: Quantizer.set_bits},
+    "codebooks, for --methods": CODEBOOK_RULES,
+    "in a sweep besides": {
+        "/bc, /bcv": corrected,
+        "/fold": folded,
+        "/bn": reestimated,
+        "/x0.9, /pow2": perturbed,
+        "/floor, ...": to_integer,
+        "/wrap, ...": into_range,
+        "/asym": asymmetric,
+    },
     "quantizers that train": QUANTIZERS,
     "regularizers": REGULARIZERS,
+    "analysis": {"sharpness": sharpness, "sensitivity": layer_sensitivity, "divergence": output_divergence},
 }
 
 
@@ -30,11 +44,11 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 def methods() -> Iterator[tuple[str, str, str, str]]:
     """(kind, name, arXiv number or "", what it is in a line) of each."""
     for kind, table in TABLES.items():
-        for name, method in sorted(table.items()):
+        for name, method in sorted(table.items()) if kind != "in a sweep besides" else table.items():
             own, module = inspect.getdoc(method) or "", sys.modules[method.__module__].__doc__ or ""
             texts = (module, own) if inspect.isclass(method) else (own, module)
-            paper = next((found[1] for text in texts if (found := re.search(r"arXiv (\d{4}\.\d{5})", text))), "")
-            line = re.sub(r",? ?\(?arXiv \d{4}\.\d{5}[^)]*\)|\. Returns.*", "", texts[0].strip().split("\n")[0])
+            paper = next((found[1] for text in texts if (found := re.search(r"arXiv (\d{4}\.\d{4,5})", text))), "")
+            line = re.sub(r" \(arXiv [^)]*\)|, arXiv \d{4}\.\d{4,5}|\. Returns.*", "", texts[0].strip().split("\n")[0])
             yield kind, name, paper, line
 
 

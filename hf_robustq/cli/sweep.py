@@ -13,23 +13,36 @@ measured already is not measured again: the same command goes on after an interr
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_robustq.card import table
-from hf_robustq.cli.tasks import Task, add_task, load_task, prepare
-from hf_robustq.sweep import Row, Setting, Sweep, parse_settings
+import torch
 
-IDENTITY = ("data", "weights", "calibration_split", "eval_split", "calibration_samples", "max_samples", "seed")
+from hf_robustq.card import table
+from hf_robustq.cli.tasks import Task, add_task, check_calibration, load_task, prepare
+from hf_robustq.quantizers import LEARNED
+from hf_robustq.scales import CODEBOOK_RULES, SCALE_RULES
+from hf_robustq.sweep import MODIFIERS, Row, Setting, Sweep, parse_settings
+from hf_robustq.sweep.settings import LAPQ
+
+IDENTITY = (
+    *("data", "weights", "first_last", "exclude", "weights_only", "calibration_split", "calibration_samples"),
+    *("eval_split", "max_samples", "batch_size", "lapq_iterations", "seed", "image_column_name", "label_column_name"),
+    *("text_column_name", "image_size", "block_size"),
+)
 """The arguments that rows of one folder have in common."""
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     head, _, rest = (__doc__ or "").partition("\n")
+    rest += f"\nModifiers: x0.9 (any ratio of steps), {', '.join(MODIFIERS)}; README.md says what each does.\n"
     plain = argparse.RawDescriptionHelpFormatter
     parser = commands.add_parser(
         "sweep", help="measure saved models at any bit-width", description=head, epilog=rest, formatter_class=plain
@@ -38,7 +51,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("models", nargs="+", metavar="MODEL", help="folder, Hub id, or timm architecture (with --weights)")
     add("--out", required=True, type=Path, help="folder for the rows")
     add("--bits", nargs="*", default=[], metavar="B", help="4: weights; w4a8: weights and inputs; a8: inputs")
-    add("--methods", nargs="*", default=["mse"], metavar="M", help="see robustq methods; default: mse")
+    methods = ", ".join([*SCALE_RULES, LAPQ, LEARNED, *CODEBOOK_RULES])
+    add("--methods", nargs="*", default=["mse"], metavar="M", help=f"default: mse; known: {methods}")
     add(
         "--also",
         nargs="*",
@@ -51,7 +65,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--lapq_iterations", type=int, default=2, help="rounds of LAPQ's search over all tensors")
     add("--max_samples", type=int, help="measure on a random subset of that many")
     add_task(parser)
-    add("--force", action="store_true", help="calibrate on the evaluation split all the same")
     return parser
 
 
@@ -66,6 +79,8 @@ def ratios(text: str) -> list[float]:
 
 def settings_of(args: argparse.Namespace) -> list[Setting]:
     """What is to be measured: the float model first, each setting once."""
+    if (args.steps or args.also) and not args.bits:
+        raise ValueError("--steps and --also go with --bits: write --settings with their modifiers")
     perturbed = [f"/x{ratio:g}" for ratio in ratios(args.steps) if ratio != 1] if args.steps else []
     texts = ["fp"]
     for bits in args.bits:
@@ -95,16 +110,25 @@ class Records:
     def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
         self.folder, self.identity = folder, identity
         self.rows: list[dict[str, Any]] = []
+        self.models: dict[str, str] = {}
         file = folder / "rows.json"
         if file.exists():
-            known = json.loads(file.read_text(encoding="utf-8"))
-            differ = [key for key in identity if known.get("sweep", {}).get(key) != identity[key]]
+            try:
+                known = json.loads(file.read_text(encoding="utf-8"))
+                own, self.rows, self.models = known["sweep"], known["rows"], known["models"]
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(f"{file} is no sweep's, or damaged: name another --out") from None
+            differ = [key for key in identity if own.get(key) != identity[key]]
             if differ:
                 raise ValueError(f"{folder} holds another sweep ({', '.join(differ)} differ): name another --out")
-            self.rows = known["rows"]
         elif folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty and no sweep's: name another --out")
         folder.mkdir(parents=True, exist_ok=True)
+
+    def check(self, model: str, digest: str) -> None:
+        """Raise `ValueError` for a model that is not the one its rows are of."""
+        if self.models.setdefault(model, digest) != digest:
+            raise ValueError(f"{model} is not what it was when its rows in {self.folder} were made: name another --out")
 
     def missing(self, model: str, settings: Sequence[Setting]) -> list[Setting]:
         known = {row["setting"] for row in self.rows if row["model"] == model}
@@ -117,10 +141,10 @@ class Records:
         datasets.disable_progress_bars()
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         flat = datasets.Dataset.from_dict({key: [row.get(key) for row in self.rows] for key in columns})
+        text = json.dumps({"sweep": self.identity, "models": self.models, "rows": self.rows}, indent=1)
+        self._write("rows.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
         self._write("rows.csv", flat.to_csv)
         self._write("rows.parquet", flat.to_parquet)
-        text = json.dumps({"sweep": self.identity, "rows": self.rows}, indent=1)
-        self._write("rows.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
 
     def _write(self, name: str, write: Any) -> None:
         """The old file stays whole until the new one is."""
@@ -139,7 +163,7 @@ class Records:
                     setting=row["setting"],
                     weights=row["weights"],
                     activations=row["activations"],
-                    metrics={metric: row[metric]},
+                    metrics={metric: row.get(metric, math.nan)},
                     samples=row["samples"],
                 )
                 for row in sorted(mine, key=lambda row: order[row["setting"]])
@@ -153,7 +177,12 @@ def measure(name: str, task: Task, settings: Sequence[Setting], args: argparse.N
     from hf_robustq.trainer import BitWidthSweepCallback
 
     plugin, trainer = prepare(task, args, args.out)
-    calibration = f"{args.calibration_split}: {args.calibration_samples} samples, seed {args.seed}"
+    records.check(name, digest(task.model))
+    if not any(plugin.config.to_dict()[key] for key in ("weights", "activations")):
+        left = [setting.name for setting in settings if setting.own]
+        if left:
+            print(f"{name}: no quantizers of its own, so no {', '.join(left)}")
+        settings = [setting for setting in settings if not setting.own]
     for group in groups(settings):
         group = records.missing(name, group)
         if not group:
@@ -167,31 +196,35 @@ def measure(name: str, task: Task, settings: Sequence[Setting], args: argparse.N
             calibration_dataset=task.train,
             lapq_iterations=args.lapq_iterations,
         )
-        found = callback.run(trainer.get_eval_dataloader()).rows
+        found = callback.run(trainer.get_eval_dataloader())
         seconds = round((time.perf_counter() - start) / len(group), 2)
         rows = []
-        for row, setting in zip(found, group, strict=True):
-            reads = setting.needs_calibration or setting.activations
+        for row, setting in zip(found.rows, group, strict=True):
+            reads = setting.needs_calibration or (setting.activations and not setting.own)
+            samples = found.context.get("calibration_samples")
+            calibration = f"{args.calibration_split}: {samples} samples, seed {args.seed}" if reads else None
             print(f"{name}  {row.setting:24s} {task.metric} {row.metrics[task.metric]:.4f}", flush=True)
-            facts = {"model": name, "setting": row.setting, "weights": row.weights, "activations": row.activations}
-            facts |= {"method": setting.scale if row.weights or row.activations else None, "ratio": setting.ratio}
-            facts |= {**row.metrics, "samples": row.samples, "subset": row.subset, "seed": args.seed}
-            rows.append({**facts, "calibration": calibration if reads else None, "seconds": seconds})
+            quantized = row.weights or row.activations
+            facts = {"model": name, "setting": row.setting, **dataclasses.asdict(setting)}
+            facts |= {"weights": row.weights, "activations": row.activations}
+            facts["method"] = facts.pop("scale") if quantized and not setting.trained else None
+            facts |= {**row.metrics, "samples": row.samples, "subset": row.subset, "calibration": calibration}
+            rows.append({**facts, "data": args.data, "split": args.eval_split, "seed": args.seed, "seconds": seconds})
         records.add(rows)
+
+
+def digest(model: Any) -> str:
+    """Alike only for models of the same tensors."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def run(args: argparse.Namespace) -> None:
     settings = parse_settings(settings_of(args))
-    if args.calibration_samples < args.batch_size:
-        raise ValueError(
-            f"{args.calibration_samples} calibration samples are fewer than a batch of {args.batch_size}: "
-            "raise --calibration_samples or lower --batch_size"
-        )
-    if args.calibration_split == args.eval_split and not args.force:
-        raise ValueError(
-            f"calibrating on {args.eval_split!r}, which is measured on, flatters every figure: choose another "
-            "--calibration_split, or --force it"
-        )
+    check_calibration(args)
     records = Records(args.out, {key: getattr(args, key) for key in IDENTITY})
     metric = "accuracy"
     for name in args.models:
@@ -199,8 +232,6 @@ def run(args: argparse.Namespace) -> None:
             continue
         task = load_task(name, args)
         metric = task.metric
-        if len(task.train) < args.batch_size:
-            raise ValueError(f"{len(task.train)} samples to calibrate on are fewer than a batch: lower --batch_size")
         measure(name, task, settings, args, records)
     text = records.table(settings, metric if metric in records.rows[0] else "loss")
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")

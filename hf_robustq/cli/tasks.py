@@ -12,10 +12,13 @@ from typing import Any
 import torch
 
 from hf_robustq.config import RobustQConfig
+from hf_robustq.data.splits import EVAL_SPLITS
 from hf_robustq.hub import check_folder
 from hf_robustq.metrics import accuracy
 from hf_robustq.plugin import RobustQ
 from hf_robustq.recipe import ImageArguments, image_task
+
+TIMM = "TimmWrapperForImageClassification"
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,57 @@ def architecture(name: str) -> str:
     from transformers import AutoConfig
 
     if "/" not in name and not Path(name).exists():
-        return "TimmWrapperForImageClassification"
+        import timm
+
+        import hf_robustq.models  # noqa: F401 (adds its architectures)
+
+        if not timm.is_model(name):
+            raise ValueError(f"{name} is no folder, no Hub id (owner/name) and no architecture of timm")
+        return TIMM
     check_folder(Path(name))
     config = AutoConfig.from_pretrained(name)
+    if config.model_type == "timm_wrapper":
+        return TIMM
     if not config.architectures:
         raise ValueError(f"{name}/config.json names no architecture: save the model with save_pretrained")
     return config.architectures[0]
 
 
+def check_calibration(args: argparse.Namespace) -> None:
+    """Fill in the evaluation split. Raises `ValueError` for a missing split, and where calibration would flatter."""
+    from datasets import get_dataset_split_names
+
+    if args.calibration_samples < args.batch_size:
+        raise ValueError(
+            f"{args.calibration_samples} calibration samples are fewer than a batch of {args.batch_size}: "
+            "raise --calibration_samples or lower --batch_size"
+        )
+    if args.data is None:
+        return
+    splits = list(map(str, get_dataset_split_names(args.data)))
+    args.eval_split = args.eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
+    for split, flag in ((args.calibration_split, "--calibration_split"), (args.eval_split, "--eval_split")):
+        if split not in splits:
+            raise ValueError(f"{args.data} has no split {split!r}: choose with {flag} from {', '.join(splits)}")
+    if args.calibration_split == args.eval_split and not args.force:
+        raise ValueError(
+            f"calibrating on {args.eval_split!r}, which is measured on, flatters every figure: choose another "
+            "--calibration_split, or --force it"
+        )
+
+
 def load_task(name: str, args: argparse.Namespace) -> Task:
-    """Raises `ValueError` for a model whose task is none of those known."""
+    """Raises `ValueError` for a model whose task is none of those known, or with a tensor that is not finite."""
+    task = _load(name, args)
+    for tensor, values in task.model.state_dict().items():
+        if values.is_floating_point() and not bool(values.isfinite().all()):
+            raise ValueError(f"{name}: non-finite values in {tensor}")
+    if len(task.train) < args.batch_size:
+        raise ValueError(f"{len(task.train)} samples to calibrate on are fewer than a batch: lower --batch_size")
+    return task
+
+
+def _load(name: str, args: argparse.Namespace) -> Task:
     kind = architecture(name)
     if kind.endswith("ForImageClassification"):
         flags = ImageArguments(
@@ -122,10 +166,13 @@ def add_task(parser: argparse.ArgumentParser) -> None:
     add("--data", help="Hub id or folder of the dataset; default, for images: the embedded digits")
     add("--weights", help=".safetensors file for an architecture")
     add("--first_last", default="float", help="first and last layer of a model without quantizers: float, 8 or same")
-    add("--calibration_split", default="train")
-    add("--calibration_samples", type=int, default=512)
+    add("--exclude", nargs="+", default=[], help="patterns of weights to leave alone, of such a model")
+    add("--weights_only", nargs="+", default=[], help="patterns of weights whose layer's input stays float")
+    add("--calibration_split", default="train", help="default: train")
+    add("--calibration_samples", type=int, default=512, help="default: 512")
     add("--eval_split", help="default: validation, valid or test")
-    add("--batch_size", type=int, default=128)
+    add("--force", action="store_true", help="calibrate on the evaluation split all the same")
+    add("--batch_size", type=int, default=128, help="default: 128")
     add("--seed", type=int, default=0, help="of the calibration set and of stochastic rounding")
     add("--image_column_name")
     add("--label_column_name")
@@ -146,6 +193,7 @@ def prepare(task: Task, args: argparse.Namespace, folder: Path) -> tuple[RobustQ
     except ValueError:
         edges = int(args.first_last) if args.first_last.isdigit() else args.first_last
         own = {"first_last": edges, "seed": args.seed, "calibration_samples": args.calibration_samples}
+        own |= {"exclude": args.exclude, "weights_only": args.weights_only}
         plugin = RobustQ(task.model, RobustQConfig.from_dict(own))
     training = TrainingArguments(
         output_dir=str(folder),

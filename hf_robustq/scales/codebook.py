@@ -18,6 +18,7 @@ from hf_robustq.scales.mse import mse
 from hf_robustq.scales.sample import Sample
 
 MOST_BITS = 8
+MOST_LEVELS = 4096
 
 
 class Codebook(NamedTuple):
@@ -55,7 +56,7 @@ def log2(sample: Sample, grid: Grid) -> Codebook:
 
     top = round(log2(max|x|)); n = 2^(b-1) - 1 exponents where signed, 2^b - 1 where not. Rounding is in the log domain,
     so x goes up to 2^e from sqrt(2) * 2^(e-1) (the nearest power would take over at 1.5 * 2^(e-1)).
-    Choice: which variant papers mean by "log2" they do not say.
+    Choice: which variant papers mean by "log2" they do not say; this is LogQuant's (arXiv 1603.01025), with a zero.
     """
     count = 2 ** (grid.bits - 1) - 1 if grid.signed else 2**grid.bits - 1
     top = torch.round(torch.log2(sample.absmax))
@@ -125,7 +126,7 @@ def allocate(deviation: Tensor, bits: int) -> Tensor:
     """[C] levels of each channel, C * 2^bits of them together, for channels of these standard deviations.
 
     In proportion to sigma^(2/3), which minimises the sum of sigma_i^2 / levels_i^2 (arXiv 1810.05723, section 4.2),
-    rounded by largest remainder. A channel whose share is none gets one level besides.
+    rounded by largest remainder. A channel whose share is none gets one level besides, none more than `MOST_LEVELS`.
     """
     channels = deviation.numel()
     share = deviation.double() ** (2 / 3)
@@ -134,13 +135,15 @@ def allocate(deviation: Tensor, bits: int) -> Tensor:
     levels = wanted.floor()
     missing = channels * 2**bits - int(levels.sum())
     levels[(wanted - levels).argsort(descending=True, stable=True)[:missing]] += 1
-    return levels.clamp(min=1).long()
+    return levels.clamp(1, MOST_LEVELS).long()
 
 
 def aciq_levels(sample: Sample, grid: Grid) -> Codebook:
     """ACIQ with per-channel bit allocation (arXiv 1810.05723): `allocate`d levels, evenly spaced over mean +- alpha.
 
     alpha is that of log2(levels) bits for a normal density. Raises `ValueError` for one row: nothing to allocate.
+    Choice: levels are the middles of n equal parts of that range, as the error formula has them; zero is one of them
+    where n is odd and the mean is zero.
     """
     if grid.axis is None:
         raise ValueError("aciq_levels shares levels out among channels: add /channel")

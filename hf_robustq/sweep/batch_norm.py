@@ -27,7 +27,7 @@ def followers(model: nn.Module, sites: Sequence[Site], run: Callable[[], Any]) -
 
     Found by what passes through in one forward pass, `run()`; a layer or norm that is called more than once has none.
     """
-    outputs: dict[int, tuple[Tensor, Site]] = {}  # the tensor is kept: its id must stay its own
+    outputs: dict[int, tuple[Tensor, int, Site]] = {}  # the tensor is kept: its id must stay its own
     pairs: dict[str, _BatchNorm] = {}
     calls: dict[nn.Module, int] = {}
 
@@ -35,15 +35,17 @@ def followers(model: nn.Module, sites: Sequence[Site], run: Callable[[], Any]) -
         def hook(module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
             calls[module] = calls.get(module, 0) + 1
             if isinstance(output, Tensor):
-                outputs[id(output)] = output, site
+                outputs[id(output)] = output, output._version, site
 
         return hook
 
     def taken(module: nn.Module, args: Any) -> None:
         calls[module] = calls.get(module, 0) + 1
-        _, site = outputs.get(id(args[0]), (None, None)) if args else (None, None)
-        if site is None or site.shape[site.axis] != module.num_features:
+        if not args or id(args[0]) not in outputs:
             return
+        output, version, site = outputs[id(args[0])]
+        if output._version != version or site.shape[site.axis] != module.num_features:
+            return  # written to in between, as by an in-place ReLU
         if not (isinstance(site.module, nn.Linear) and args[0].dim() > 2):  # there dimension 1 is no channel
             pairs[site.name] = module  # type: ignore[assignment]
 

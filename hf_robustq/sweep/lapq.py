@@ -31,14 +31,23 @@ def lapq(start: Start, loss: Loss, iterations: int = 2, evaluations: int | None 
     3. Powell's method on one factor for each tensor, within 1/2 .. 2, `iterations` rounds over all of them
 
     evaluations   of `loss` in step 3 at most; default: 20 for each tensor and round
-    Never worse than the best start. Choice: the paper's grid of p is {2, 2.5, 3}; Powell works on log factors.
+    Never worse than the best start. A loss that is not finite counts as infinite; `ValueError` where all are.
+    Choice: the paper's grid of p is {2, 2.5, 3}; Powell works on log factors.
     """
     from scipy.optimize import minimize
 
+    def finite(steps: Sequence[Tensor]) -> float:
+        value = loss(steps)
+        return value if math.isfinite(value) else math.inf
+
     candidates = [start(p) for p in NORMS]
-    losses = [loss(steps) for steps in candidates]
-    candidates.append(start(best_norm(NORMS, losses)))
-    losses.append(loss(candidates[-1]))
+    losses = [finite(steps) for steps in candidates]
+    known = [(p, value) for p, value in zip(NORMS, losses, strict=True) if value < math.inf]
+    if not known:
+        raise ValueError("the loss of the calibration set is not finite at any steps: check the data and the labels")
+    if len(known) > 2:
+        candidates.append(start(best_norm(*zip(*known, strict=True))))
+        losses.append(finite(candidates[-1]))
     steps = candidates[int(np.argmin(losses))]
 
     def at(factors: Sequence[float]) -> list[Tensor]:
@@ -49,10 +58,10 @@ def lapq(start: Start, loss: Loss, iterations: int = 2, evaluations: int | None 
     def objective(factors: Sequence[float]) -> float:
         nonlocal best
         tried = at(factors)
-        value = loss(tried)
+        value = finite(tried)
         if value < best[0]:
             best = value, tried
-        return value if math.isfinite(value) else 1e30
+        return min(value, 1e30)  # Powell computes with it
 
     minimize(
         objective,

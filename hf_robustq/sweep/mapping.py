@@ -5,7 +5,6 @@ A mapping takes a tensor and returns one of the same shape and dtype; arithmetic
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import Literal
 
@@ -55,13 +54,18 @@ def uniform(
     axis: int | None,
     rounding: Rounding = "half_even",
     overflow: Overflow = "saturate",
-    name: str = "",
     seed: int = 0,
+    same: bool = False,
 ) -> Mapping:
-    """s * range(round(x / s)), with [C] or [1] steps and integer ranges; stochastic draws depend on seed and `name`."""
-    generator = torch.Generator().manual_seed(seed ^ zlib.crc32(name.encode()))
+    """s * range(round(x / s)), with [C] or [1] steps and integer ranges.
+
+    Stochastic draws are those of `seed`: with `same` at every call (a weight), else on and on (input after input).
+    """
+    generator = torch.Generator().manual_seed(seed)
 
     def quantize(x: Tensor) -> Tensor:
+        if same:
+            generator.manual_seed(seed)
         step, lowest, highest = (along(values, x, axis) for values in (scale, low, high))
         codes = to_integer(x.float() / step, rounding, generator)
         return (into_range(codes, lowest, highest, overflow) * step).to(x.dtype)
@@ -97,7 +101,7 @@ def corrected(mapping: Mapping, axis: int, variance: bool) -> Mapping:
     """
 
     def quantize(x: Tensor) -> Tensor:
-        values, quantized = x.float(), mapping(x).float()
+        values, quantized = x.float(), mapping(x.float())
         over = [d for d in range(x.dim()) if d != axis % x.dim()]
         mean, centre = values.mean(over, keepdim=True), quantized.mean(over, keepdim=True)
         gain = 1.0
@@ -114,7 +118,7 @@ def folded(mapping: Mapping, factor: Tensor, axis: int) -> Mapping:
 
     def quantize(x: Tensor) -> Tensor:
         g = along(factor, x, axis)
-        product = mapping((x.float() * g).to(x.dtype))
-        return torch.where(g == 0, x, product.float() / g).to(x.dtype)
+        product = mapping(x.float() * g)
+        return torch.where(g == 0, x.float(), product / g).to(x.dtype)
 
     return quantize

@@ -13,7 +13,7 @@ from hf_robustq.calibrate import float_model, undisturbed
 from hf_robustq.plugin import RobustQ
 from hf_robustq.plugin.training import quantizers
 from hf_robustq.quantizers import Role
-from hf_robustq.sweep.batch_norm import Statistics, reestimated, with_statistics
+from hf_robustq.sweep.batch_norm import with_statistics
 from hf_robustq.sweep.settings import DEFAULT_SETTINGS, Setting, parse_settings
 from hf_robustq.sweep.steps import Calibration, Steps, perturbed
 
@@ -25,11 +25,15 @@ Metric = Callable[[list[Any]], Mapping[str, float]]
 def quantized(plugin: RobustQ, setting: Setting, steps: Steps) -> Iterator[None]:
     """The model as `setting` says, each weight quantized at its first read; afterwards as before, to the bit."""
     if setting.own:
-        with _own(plugin, setting):
+        with _own(plugin, setting), ExitStack() as stack:
+            if setting.reestimate:
+                stack.enter_context(with_statistics(plugin.model, steps.statistics(setting)))
             yield
         return
-    with float_model(plugin.sites):
+    with float_model(plugin.sites), ExitStack() as stack:
         steps.apply(setting)
+        if setting.reestimate:
+            stack.enter_context(with_statistics(plugin.model, steps.statistics(setting)))
         yield
 
 
@@ -54,7 +58,7 @@ def _own(plugin: RobustQ, setting: Setting) -> Iterator[None]:
                 bits = wanted[stage.role]
                 stage.enabled = bits is not None
                 stage.set_bits(None if bits is None or stage.site in plugin.edges else bits)
-            if moved:
+            if moved and (stage.role == "weight" or setting.perturb_inputs):
                 stage.change_steps(partial(perturbed, setting=setting))
         yield
     finally:
@@ -114,23 +118,15 @@ def sweep(
     model = plugin.model if model is None else model
     wanted = parse_settings(settings)
     plugin.warn_reshaped([setting.name for setting in wanted if not setting.own])
-    needy = [setting.name for setting in wanted if setting.needs_calibration]
-    if needy and calibration is None:
-        raise ValueError(f"{', '.join(needy)}: these read training samples: pass calibration=")
     outputs: dict[str, list[Any]] = {setting.name: [] for setting in wanted}
     steps = Steps(plugin, model, calibration, seed)
-    statistics: dict[Setting, Statistics] = {}
+    for setting in wanted:
+        steps.check(setting)
     with undisturbed(model):
         for chunk in chunked(batches, limit):
-            if any(setting.fold for setting in wanted) and not steps.norms:
-                steps.find_norms(lambda first=chunk[0]: predict(model, first))
+            steps.forward = partial(predict, model, chunk[0])
             for setting in wanted:
-                with quantized(plugin, setting, steps), ExitStack() as stack:
-                    if setting.reestimate:
-                        if setting not in statistics:
-                            assert calibration is not None
-                            statistics[setting] = reestimated(plugin.model, partial(calibration.run, model))
-                        stack.enter_context(with_statistics(plugin.model, statistics[setting]))
+                with quantized(plugin, setting, steps):
                     outputs[setting.name] += [predict(model, batch) for batch in chunk]
     if not any(outputs.values()):
         raise ValueError("the evaluation set is empty: give at least one batch")

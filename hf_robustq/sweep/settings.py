@@ -29,6 +29,7 @@ MODIFIERS: dict[str, tuple[str, Any]] = {
     "stochastic": ("rounding", "stochastic"),
     "wrap": ("overflow", "wrap"),
     "unclipped": ("overflow", "none"),
+    "weights": ("perturb_inputs", False),
 }
 """What may follow a method, and the field it sets; `x0.9` sets the ratio."""
 
@@ -52,6 +53,7 @@ class Setting:
     power_of_two  /pow2: the step 2^round(log2 step); /pow2v: the power of two nearest in value
     rounding      half_even; /half_away, /floor, /stochastic
     overflow      saturate; /wrap: as two's complement does; /unclipped: as many levels as it takes
+    perturb_inputs   /weights: ratio, power of two, rounding and overflow are those of the weights only
 
     Weights take the narrow grid, activations the full one of their sign; with "learned", their own.
     """
@@ -70,6 +72,7 @@ class Setting:
     power_of_two: Literal["no", "log", "value"] = "no"
     rounding: Literal["half_even", "half_away", "floor", "stochastic"] = "half_even"
     overflow: Literal["saturate", "wrap", "none"] = "saturate"
+    perturb_inputs: bool = True
 
     def __post_init__(self) -> None:
         if self.trained and (self.weights or self.activations):
@@ -77,6 +80,11 @@ class Setting:
         for what, bits in (("weight bits", self.weights), ("activation bits", self.activations)):
             if bits is not None:
                 check_bits(bits, what)
+        for field, _ in MODIFIERS.values():
+            if getattr(self, field) not in (getattr(type(self), field), *self._values(field)):
+                raise ValueError(f"{field} cannot be {getattr(self, field)!r}")
+        if not (self.weights or self.activations or self.trained) and self.scale != "mse":
+            raise ValueError(f"{self.scale} needs weight or activation bits")
         known = [*SCALE_RULES, *CODEBOOK_RULES, LAPQ, LEARNED]
         if self.scale not in known:
             raise ValueError(f"unknown scale rule {self.scale!r}: known: {', '.join(known)}")
@@ -114,10 +122,15 @@ class Setting:
             if field in fields:
                 raise ValueError(f"/{text} {why}{f' ({self.scale} has none)' if self.scale in CODEBOOK_RULES else ''}")
 
+    @staticmethod
+    def _values(field: str) -> list[Any]:
+        """What the modifiers can set a field to."""
+        return [value for own, value in MODIFIERS.values() if own == field]
+
     def _modified(self) -> list[tuple[str, str]]:
         """(field, text) of what is not as usual."""
         found = [(field, text) for text, (field, value) in MODIFIERS.items() if getattr(self, field) == value]
-        return found + ([("ratio", f"x{self.ratio:g}")] if self.ratio != 1 else [])
+        return found + ([("ratio", f"x{self.ratio:.12g}")] if self.ratio != 1 else [])
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -138,9 +151,14 @@ class Setting:
                 raise ValueError(f"{text!r} says /{modifier} besides another of its kind")
             values[field] = value
         if own or match is None:
-            return cls(trained=head == "trained", **values)
-        weights, activations = (int(bits) if bits else None for bits in match.groups()[:2])
-        return cls(weights=weights, activations=activations, scale=match[3] or "mse", **values)
+            values["trained"] = head == "trained"
+        else:
+            values |= {"weights": int(match[1]) if match[1] else None, "scale": match[3] or "mse"}
+            values["activations"] = int(match[2]) if match[2] else None
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{text}: {error}") from None
 
     @property
     def name(self) -> str:
@@ -174,14 +192,19 @@ class Setting:
     @property
     def steps(self) -> Setting:
         """The setting whose steps this one starts from: without what is done to them afterwards."""
-        usual = {"correction": "none", "reestimate": False, "ratio": 1.0, "power_of_two": "no"}
-        return replace(self, **usual, rounding="half_even", overflow="saturate")
+        return replace(self.unperturbed, correction="none", reestimate=False)
+
+    @property
+    def unperturbed(self) -> Setting:
+        """The same without what hardware does to steps, rounding and range."""
+        usual = {"ratio": 1.0, "power_of_two": "no", "rounding": "half_even", "overflow": "saturate"}
+        return replace(self, **usual, perturb_inputs=True)
 
 
 def parse_settings(settings: Sequence[Setting | str]) -> list[Setting]:
     """Settings, read where they are text. Raises `ValueError` for one that is listed twice."""
     parsed = [Setting.parse(setting) if isinstance(setting, str) else setting for setting in settings]
-    if len(set(parsed)) < len(parsed):
+    if len({setting.name for setting in parsed}) < len(parsed):
         raise ValueError(f"a setting is listed twice: {', '.join(setting.name for setting in parsed)}")
     return parsed
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from hf_robustq.quantizers import InputProbe, Role, WeightProbe
 from hf_robustq.scales import CODEBOOK_RULES, SCALE_RULES, Codebook, Sample, mse
 from hf_robustq.sharded import is_sharded
 from hf_robustq.sites import Site
-from hf_robustq.sweep.batch_norm import followers, gain
+from hf_robustq.sweep.batch_norm import Statistics, followers, gain, reestimated
 from hf_robustq.sweep.lapq import lapq
 from hf_robustq.sweep.mapping import Mapping, asymmetric, by_codebook, corrected, folded, uniform
 from hf_robustq.sweep.settings import LAPQ, Setting
@@ -77,34 +79,51 @@ class Steps:
     model         what to call, where it is not the plugin's own (a wrapping of it)
     calibration   for the settings that read training samples
     seed          of stochastic rounding
+    forward       runs the model on some batch, for settings that fold batch norms
     """
 
     def __init__(
-        self, plugin: RobustQ, model: Any = None, calibration: Calibration | None = None, seed: int = 0
+        self,
+        plugin: RobustQ,
+        model: Any = None,
+        calibration: Calibration | None = None,
+        seed: int = 0,
+        forward: Callable[[], Any] | None = None,
     ) -> None:
         self.plugin = plugin
         self.model = plugin.model if model is None else model
-        self.calibration, self.seed = calibration, seed
+        self.calibration, self.seed, self.forward = calibration, seed, forward
         self._samples: dict[tuple[str, Role, int | None, bool], Sample] = {}
         self._chosen: dict[tuple[str, Role, Grid, str, bool], Tensor | Codebook] = {}
         self._searched: dict[Setting, list[Tensor]] = {}
-        self.norms: dict[str, _BatchNorm] = {}
+        self._mappings: dict[tuple[str, Role, Setting], Mapping] = {}
+        self._norms: dict[str, _BatchNorm] | None = None
+        self._statistics: dict[Setting, Statistics] = {}
 
-    def find_norms(self, run: Callable[[], Any]) -> None:
-        """Find the batch norm that follows each layer, for settings that fold, by a forward pass `run()`."""
-        self.norms = followers(self.plugin.model, self.plugin.sites, run)
-        if not self.norms:
-            raise ValueError("no quantized layer of the model is followed by a batch norm: drop /fold")
+    def check(self, setting: Setting) -> None:
+        """Raise `ValueError` for a setting that reads training samples where there are none."""
+        if setting.needs_calibration and self.calibration is None:
+            raise ValueError(f"{setting.name}: it reads training samples: pass calibration=")
+
+    def statistics(self, setting: Setting) -> Statistics:
+        """The batch-norm statistics of a setting that re-estimates them; call it with the model as the setting says."""
+        self.check(setting)
+        if setting not in self._statistics:
+            assert self.calibration is not None
+            self._statistics[setting] = reestimated(self.plugin.model, partial(self.calibration.run, self.model))
+        return self._statistics[setting]
 
     def targets(self, setting: Setting) -> list[Target]:
-        """What a setting quantizes."""
-        sites = self.plugin.sites
-        weights: list[Target] = [(site, "weight") for site in sites if setting.weights]
-        inputs: list[Target] = [(s, "input") for s in sites if isinstance(input_probe(s), InputProbe)]
-        return weights + (inputs if setting.activations else [])
+        """What a setting quantizes; a weight that several layers share once."""
+        weights: dict[int, Target] = {}
+        for site in self.plugin.sites if setting.weights else ():
+            weights.setdefault(id(weight_probe(site)), (site, "weight"))
+        inputs: list[Target] = [(s, "input") for s in self.plugin.sites if isinstance(input_probe(s), InputProbe)]
+        return list(weights.values()) + (inputs if setting.activations else [])
 
     def apply(self, setting: Setting, only: Collection[str] | None = None) -> None:
         """Set every probe as the setting says; or those of some weights, by name, the others off."""
+        self.check(setting)
         searched = self._lapq(setting.steps) if setting.scale == LAPQ else None
         for i, target in enumerate(self.targets(setting)):
             if only is None or target[0].name in only:
@@ -114,12 +133,17 @@ class Steps:
 
     def _apply(self, target: Target, setting: Setting, chosen: Tensor | Codebook) -> None:
         site, role = target
+        if role == "input" and not setting.perturb_inputs:
+            setting = setting.unperturbed
         grid = self._grid(target, setting)
         probe = weight_probe(site) if role == "weight" else input_probe(site)
         if setting.plain and isinstance(chosen, Tensor):
             probe.quantize(grid, perturbed(chosen, setting))
         else:
-            probe.map(self._mapping(target, setting, grid, chosen))
+            key = (site.name, role, setting)
+            if setting.scale == LAPQ or key not in self._mappings:  # LAPQ tries one after the other
+                self._mappings[key] = self._mapping(target, setting, grid, chosen)
+            probe.map(self._mappings[key])
         if isinstance(probe, WeightProbe):
             probe.keep = not is_sharded(site.parameter)
 
@@ -131,8 +155,9 @@ class Steps:
             low, high = (torch.tensor([float(end)], device=chosen.device) for end in (grid.low, grid.high))
             if setting.asymmetric:
                 chosen, low, high = asymmetric(self._sample(target, setting, grid.axis), grid, chosen)
-            steps, name = perturbed(chosen, setting), f"{role} {site.name}"
-            mapping = uniform(steps, low, high, grid.axis, setting.rounding, setting.overflow, name, self.seed)
+            steps = perturbed(chosen, setting)
+            seed = self.seed ^ zlib.crc32(f"{role} {site.name}".encode())
+            mapping = uniform(steps, low, high, grid.axis, setting.rounding, setting.overflow, seed, role == "weight")
         if role == "input":
             return mapping
         if (factor := self._gain(site, setting)) is not None:
@@ -175,15 +200,23 @@ class Steps:
 
     def _gain(self, site: Site, setting: Setting) -> Tensor | None:
         """What the batch norm after a layer multiplies its channels by, where it is folded."""
-        norm = self.norms.get(site.name) if setting.fold else None
+        if not setting.fold:
+            return None
+        if self._norms is None:
+            if self.forward is None:
+                raise ValueError(f"{setting.name}: a forward pass shows which batch norms fold: pass forward=")
+            self._norms = followers(self.plugin.model, self.plugin.sites, self.forward)
+        if not self._norms:
+            raise ValueError("no quantized layer of the model is followed by a batch norm: drop /fold")
+        norm = self._norms.get(site.name)
         return None if norm is None else gain(norm)
 
     def _lapq(self, setting: Setting) -> list[Tensor]:
         """The steps of all targets, searched together."""
         if setting in self._searched:
             return self._searched[setting]
-        assert self.calibration is not None
         calibration, targets = self.calibration, self.targets(setting)
+        assert calibration is not None
         grids = [self._grid(target, setting) for target in targets]
         now: list[Tensor | None] = [None] * len(targets)
 

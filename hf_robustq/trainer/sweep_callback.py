@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import nested_concat, nested_numpify
 from transformers.trainer_utils import EvalPrediction
 
+from hf_robustq.calibrate import undisturbed
 from hf_robustq.plugin import RobustQ
 from hf_robustq.sweep import (
     DEFAULT_SETTINGS,
@@ -150,9 +151,12 @@ class BitWidthSweepCallback(TrainerCallback):
             if any(setting.activations for setting in self.settings):
                 plugin.observe(batches, forward(trainer), activations=True)
             if any(setting.needs_calibration for setting in self.settings):
-                run = forward(trainer)
-                dataset = dataset if trainer.train_dataset is None else trainer.train_dataset
-                augmented = list(calibration_batches(trainer, dataset, samples, plugin.config.seed, augmented=True))
+                run, augmented = forward(trainer), []
+                if any(setting.reestimate for setting in self.settings):
+                    dataset = dataset if trainer.train_dataset is None else trainer.train_dataset
+                    with undisturbed(plugin.model):  # augmentation may draw from the global RNGs
+                        found = calibration_batches(trainer, dataset, samples, plugin.config.seed, augmented=True)
+                        augmented = list(found)
                 calibration = Calibration(
                     batches, lambda model, batch: run(model, batch)[0], self.lapq_iterations, augmented
                 )
