@@ -30,8 +30,8 @@ def is_share(metric: str) -> bool:
 
 
 def table(sweeps: Mapping[str, Sweep], metric: str) -> str:
-    """A Markdown table: a row for each named sweep, a column for each setting of the first; shares in percent."""
-    names = [row.setting for row in next(iter(sweeps.values())).rows]
+    """A Markdown table: a row for each named sweep, a column for each setting of any; shares in percent."""
+    names = list(dict.fromkeys(row.setting for sweep in sweeps.values() for row in sweep.rows))
     head = ["", *(title(name) for name in names)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for label, sweep in sweeps.items():

@@ -74,7 +74,10 @@ def test_two_models_under_many_quantizers(folders, tmp_path, capsys):
     for flat in (csv, parquet):
         assert flat["setting"][:] == [row["setting"] for row in found.values()]
         assert flat["loss"][:] == pytest.approx([row["loss"] for row in found.values()])
-    assert (out / "table.md").read_text().count("\n") == 4
+    table = (out / "table.md").read_text().splitlines()
+    assert len(table) == 4 and table[0].endswith("trained |") and len({line.count("|") for line in table}) == 1
+    assert table[2].endswith("|  |") and not table[3].endswith("|  |")  # the float model has no trained row
+    assert not any("scale" in row for row in found.values())
 
     by_hand = loss_of(from_pretrained(image_class(), folders / "float", bits=4))
     assert found[str(folders / "float"), "w4"]["loss"] == pytest.approx(by_hand, rel=1e-5)

@@ -204,10 +204,10 @@ def measure(name: str, task: Task, settings: Sequence[Setting], args: argparse.N
             samples = found.context.get("calibration_samples")
             calibration = f"{args.calibration_split}: {samples} samples, seed {args.seed}" if reads else None
             print(f"{name}  {row.setting:24s} {task.metric} {row.metrics[task.metric]:.4f}", flush=True)
-            quantized = row.weights or row.activations
             facts = {"model": name, "setting": row.setting, **dataclasses.asdict(setting)}
             facts |= {"weights": row.weights, "activations": row.activations}
-            facts["method"] = facts.pop("scale") if quantized and not setting.trained else None
+            method = facts.pop("scale")
+            facts["method"] = method if setting.weights or setting.activations else None
             facts |= {**row.metrics, "samples": row.samples, "subset": row.subset, "calibration": calibration}
             rows.append({**facts, "data": args.data, "split": args.eval_split, "seed": args.seed, "seconds": seconds})
         records.add(rows)
