@@ -44,17 +44,26 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def float_model(sites: Sequence[Site]) -> Iterator[None]:
-    """All quantizers off, all probes off; afterwards the quantizers are as before and the probes off."""
-    quantizers = [stage for stage in stages(sites) if isinstance(stage, Quantizer)]
+def switches_kept(quantizers: Sequence[Quantizer]) -> Iterator[None]:
+    """Afterwards the quantizers are on and off as before."""
     enabled = [quantizer.enabled for quantizer in quantizers]
     try:
-        for quantizer in quantizers:
-            quantizer.enabled = False
         yield
     finally:
         for quantizer, was in zip(quantizers, enabled, strict=True):
             quantizer.enabled = was
+
+
+@contextmanager
+def float_model(sites: Sequence[Site]) -> Iterator[None]:
+    """All quantizers off, all probes off; afterwards the quantizers are as before and the probes off."""
+    quantizers = [stage for stage in stages(sites) if isinstance(stage, Quantizer)]
+    try:
+        with switches_kept(quantizers):
+            for quantizer in quantizers:
+                quantizer.enabled = False
+            yield
+    finally:
         for stage in stages(sites):
             if isinstance(stage, Probe):
                 stage.off()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_robustq.calibrate import undisturbed
+from hf_robustq.calibrate import switches_kept, undisturbed
 from hf_robustq.plugin import RobustQ
 from hf_robustq.plugin.training import quantizers
 from hf_robustq.sharded import is_sharded
@@ -112,14 +112,10 @@ def _baked(plugin: RobustQ) -> Iterator[None]:
     own = [stage for stage in quantizers(plugin.sites) if stage.role == "weight"]
     for site in {id(site.parameter): site for site in plugin.sites}.values():  # a shared weight once
         site.parameter.copy_(site.weight_stages(site.parameter))
-    enabled = [stage.enabled for stage in own]
-    try:
+    with switches_kept(own):
         for stage in own:
             stage.enabled = False
         yield
-    finally:
-        for stage, was in zip(own, enabled, strict=True):
-            stage.enabled = was
 
 
 @contextmanager

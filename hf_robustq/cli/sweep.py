@@ -96,7 +96,7 @@ def groups(settings: Sequence[Setting]) -> list[list[Setting]]:
     """Settings measured together, the data read once: those of one method; of LAPQ, those of one search."""
     found: dict[Any, list[Setting]] = {}
     for setting in settings:
-        key = setting.steps if setting.scale == "lapq" else "own" if setting.own else setting.scale
+        key = setting.steps if setting.scale == LAPQ else "own" if setting.own else setting.scale
         found.setdefault(key, []).append(setting)
     return list(found.values())
 

@@ -24,12 +24,22 @@ def find_columns(features: "datasets.Features", image: str | None = None, label:
     import datasets
 
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    return _pick(features, "--image_column_name", image, "Image", images), label_column(features, label)
+
+
+def label_column(features: "datasets.Features", named: str | None) -> str:
+    """The one ClassLabel, else the one integer, or the one that is named."""
+    import datasets
+
     classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
     integers = [name for name, kind in features.items() if "int" in _kind(kind)]
-    return (
-        _pick(features, "--image_column_name", image, "Image", images),
-        _pick(features, "--label_column_name", label, "ClassLabel or integer", classes, integers),
-    )
+    return _pick(features, "--label_column_name", named, "ClassLabel or integer", classes, integers)
+
+
+def text_column(features: "datasets.Features", named: str | None) -> str:
+    """The one column of strings, or the one that is named."""
+    strings = [name for name, kind in features.items() if _kind(kind) in ("string", "large_string")]
+    return _pick(features, "--text_column_name", named, "string", strings)
 
 
 def _pick(

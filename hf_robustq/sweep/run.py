@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_robustq.calibrate import float_model, undisturbed
+from hf_robustq.calibrate import float_model, switches_kept, undisturbed
 from hf_robustq.plugin import RobustQ
 from hf_robustq.plugin.training import quantizers
 from hf_robustq.quantizers import Role
@@ -24,14 +24,12 @@ Metric = Callable[[list[Any]], Mapping[str, float]]
 @contextmanager
 def quantized(plugin: RobustQ, setting: Setting, steps: Steps) -> Iterator[None]:
     """The model as `setting` says, each weight quantized at its first read; afterwards as before, to the bit."""
-    if setting.own:
-        with _own(plugin, setting), ExitStack() as stack:
-            if setting.reestimate:
-                stack.enter_context(with_statistics(plugin.model, steps.statistics(setting)))
-            yield
-        return
-    with float_model(plugin.sites), ExitStack() as stack:
-        steps.apply(setting)
+    with ExitStack() as stack:
+        if setting.own:
+            stack.enter_context(_own(plugin, setting))
+        else:
+            stack.enter_context(float_model(plugin.sites))
+            steps.apply(setting)
         if setting.reestimate:
             stack.enter_context(with_statistics(plugin.model, steps.statistics(setting)))
         yield
@@ -51,19 +49,18 @@ def _own(plugin: RobustQ, setting: Setting) -> Iterator[None]:
     moved = setting.ratio != 1 or setting.power_of_two != "no"
     if moved and plugin.reshaped:
         raise ValueError(f"{setting.name}: the model's quantizers do more than round by a step: none to perturb")
-    enabled = [stage.enabled for stage in own]
     try:
-        for stage in own:
-            if not setting.trained:
-                bits = wanted[stage.role]
-                stage.enabled = bits is not None
-                stage.set_bits(None if bits is None or stage.site in plugin.edges else bits)
-            if moved and (stage.role == "weight" or setting.perturb_inputs):
-                stage.change_steps(partial(perturbed, setting=setting))
-        yield
+        with switches_kept(own):
+            for stage in own:
+                if not setting.trained:
+                    bits = wanted[stage.role]
+                    stage.enabled = bits is not None
+                    stage.set_bits(None if bits is None or stage.site in plugin.edges else bits)
+                if moved and (stage.role == "weight" or setting.perturb_inputs):
+                    stage.change_steps(partial(perturbed, setting=setting))
+            yield
     finally:
-        for stage, was in zip(own, enabled, strict=True):
-            stage.enabled = was
+        for stage in own:
             stage.set_bits(None)
 
 
