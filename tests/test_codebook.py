@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_robustq.grid import Grid
-from hf_robustq.quantizers import DoReFa
+from hf_robustq.quantizers import DoReFa, InputProbe
 from hf_robustq.scales import CODEBOOK_RULES, Sample, mse, quantization_error
 from hf_robustq.scales.aciq import gauss_clip, gauss_error
 from hf_robustq.scales.codebook import Codebook, aciq_levels, allocate, dorefa, kmeans, log2
@@ -155,3 +155,16 @@ def test_a_codebook_takes_any_layout(axis, dtype):
     for row, got, values in zip(rows, moved, levels.to(dtype).float().numpy(), strict=True):
         distance = np.abs(row[..., None] - values)
         assert np.allclose(np.abs(row - got), distance.min(-1), atol=0.02 if dtype == torch.bfloat16 else 1e-6)
+
+
+def test_the_clusters_of_observed_inputs_are_those_of_the_inputs_themselves():
+    """From a histogram of batches of different ranges: each centre is the mean of the values nearest to it."""
+    batches = [normal(200, 16, seed=seed).relu() * (seed + 1) for seed in range(3)]
+    probe = InputProbe("layer.weight")
+    for batch in batches:
+        probe.observe(batch)
+    values = torch.cat(batches).flatten().numpy()
+    centres = CODEBOOK_RULES["kmeans"](probe.sample(), Grid(bits=3, signed=False)).levels[0].numpy()
+    owner = np.abs(values[:, None] - centres).argmin(1)
+    for i, centre in enumerate(centres):
+        assert centre == pytest.approx(values[owner == i].mean(), abs=2e-3 * float(values.max()))

@@ -226,6 +226,7 @@ def test_inputs_are_what_the_formulas_say():
 
     from hf_robustq import Grid
     from hf_robustq.calibrate import input_probe
+    from hf_robustq.scales import CODEBOOK_RULES
 
     model, batches = model_and_batches(2)
     plain = copy.deepcopy(model)
@@ -252,6 +253,13 @@ def test_inputs_are_what_the_formulas_say():
     def scaled(x, sample):
         return np.clip(np.round(x / (0.8 * step(sample))), 0, 15) * (0.8 * step(sample))
 
+    def floor(x, sample):
+        return np.clip(np.floor(x / step(sample)), 0, 15) * step(sample)
+
+    def kmeans(x, sample):
+        centres = CODEBOOK_RULES["kmeans"](sample, Grid(bits=4, signed=False)).levels[0].numpy()
+        return centres[np.abs(x[..., None] - centres).argmin(-1)]
+
     def by_hand(formula):
         twin = copy.deepcopy(plain)
         for name, module in twin.named_modules():
@@ -262,6 +270,7 @@ def test_inputs_are_what_the_formulas_say():
             return mean_logit([predict(twin, batch) for batch in batches])["mean"]
 
     expected = {"a4@mse/wrap": wrap, "a4@mse/asym": asym, "a4@log2": log2, "a4@mse/x0.8": scaled}
+    expected |= {"a4@mse/floor": floor, "a4@kmeans": kmeans}
     rows = sweep(plugin, batches, predict, mean_logit, list(expected))
     for name, formula in expected.items():
         assert rows[name]["mean"] == pytest.approx(by_hand(formula), rel=1e-3), name

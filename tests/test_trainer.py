@@ -1,3 +1,4 @@
+import copy
 import json
 from contextlib import nullcontext
 
@@ -19,6 +20,8 @@ from hf_robustq import (
 from hf_robustq.data import ImageDataset
 from hf_robustq.metrics import compute_accuracy
 from hf_robustq.sweep import load_sweeps
+from hf_robustq.sweep.batch_norm import batch_norms
+from hf_robustq.trainer.batches import some_of
 from hf_robustq.trainer.mixin import check_section
 from tests.zoo import bert, gpt2, resnet, tokens
 
@@ -571,6 +574,35 @@ def test_a_language_model_is_swept_by_its_loss_without_keeping_logits(tmp_path, 
     trainer.train()
     logs = {key: value for log in trainer.state.log_history for key, value in log.items()}
     assert logs["eval_worst"] == max(logs["eval_fp_loss"], logs["eval_w4_loss"]) and all(asked)
+
+
+def test_batch_norms_are_estimated_on_augmented_training_samples(tmp_path):
+    """Against statistics taken by hand, in the network's own training mode, of the same samples, augmented or not."""
+    model, train, held_out = resnet().eval(), pictures(32), pictures(12, seed=1).evaluation()
+    plain = copy.deepcopy(model)
+
+    def mean_logit(prediction):
+        return {"accuracy": float(np.mean(prediction.predictions, dtype=np.float64))}
+
+    trainer = RobustTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=train, eval_dataset=held_out, robustq=KURE,
+        sweep=["fp/bn"], compute_metrics=mean_logit,
+    )  # fmt: skip
+    trainer.evaluate()
+
+    def by_hand(dataset):
+        twin = copy.deepcopy(plain).train()
+        for norm in batch_norms(twin).values():
+            norm.reset_running_stats()
+            norm.momentum = None
+        with torch.no_grad():
+            twin(torch.stack([item["pixel_values"] for item in some_of(dataset, 8, seed=0)]))
+            logits = twin.eval()(torch.stack([item["pixel_values"] for item in held_out])).logits
+        return float(logits.double().mean())
+
+    measured = trainer.sweep_callback.sweeps[0].value("fp/bn")
+    assert measured == pytest.approx(by_hand(train), rel=1e-5)
+    assert measured != pytest.approx(by_hand(train.evaluation()), rel=1e-2)
 
 
 def test_several_metrics_without_accuracy_are_all_logged(tmp_path, caplog):
