@@ -2,12 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from hf_robustq.config import QuantizerConfig, RegularizerConfig, RobustQConfig
+from hf_robustq.config import QuantizerConfig, RegularizerConfig, RobustQConfig, SatNLConfig
 from hf_robustq.grid import Grid
 from hf_robustq.hub import from_pretrained
+from hf_robustq.optim import ASAM, EMA
 from hf_robustq.plugin import RobustQ
 from hf_robustq.quantizers import LSQ, QUANTIZERS, DoReFa, Fixed, LSQPlus, NoiseTempered, Quantizer
-from hf_robustq.regularizers import KURE, REGULARIZERS, Damping, Regularizer
+from hf_robustq.regularizers import KURE, REGULARIZERS, Damping, Regularizer, SymReg, SymReg2
+from hf_robustq.reparam import SatNL
 from hf_robustq.scales import SCALE_RULES, Sample
 from hf_robustq.sites import Site, find_sites
 from hf_robustq.sweep import Row, Setting, Sweep, robustness, sweep
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ASAM",
+    "EMA",
     "KURE",
     "LSQ",
     "QUANTIZERS",
@@ -41,9 +45,13 @@ __all__ = [
     "RobustTrainer",
     "Row",
     "Sample",
+    "SatNL",
+    "SatNLConfig",
     "Setting",
     "Site",
     "Sweep",
+    "SymReg",
+    "SymReg2",
     "find_sites",
     "from_pretrained",
     "robustness",

@@ -13,8 +13,9 @@ from torch import nn
 
 from hf_robustq.grid import Grid
 from hf_robustq.quantizers import CallProbe, InputProbe, Probe, Quantizer, WeightProbe
+from hf_robustq.reparam import network_weight
 from hf_robustq.scales import Sample
-from hf_robustq.sharded import whole, whole_shape
+from hf_robustq.sharded import whole_shape
 from hf_robustq.sites import Site
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -180,11 +181,11 @@ def activation_grid(bits: int, sample: Sample, narrow: bool = False) -> Grid:
 
 
 def weight_sample(site: Site, axis: int | None, factor: torch.Tensor | None = None) -> Sample:
-    """The distribution of a stored weight, gathered where it is sharded, its channels times `factor` ([C]).
+    """The distribution of a weight of the float network, gathered if sharded, its channels times `factor` ([C]).
 
     Raises `ValueError` where it is not finite.
     """
-    with whole(site.parameter) as weight:
+    with network_weight(site) as weight:
         try:
             if factor is not None:
                 weight = weight * factor.to(weight).view([-1 if d == site.axis else 1 for d in range(weight.dim())])

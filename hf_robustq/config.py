@@ -16,6 +16,7 @@ import yaml
 from hf_robustq.grid import check_bits
 from hf_robustq.quantizers import QUANTIZERS
 from hf_robustq.regularizers import REGULARIZERS
+from hf_robustq.reparam import SATURATING
 from hf_robustq.scales import SCALE_RULES
 from hf_robustq.schedules import SCHEDULES
 
@@ -78,11 +79,15 @@ class QuantizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RegularizerConfig:
-    """How a weight is regularized: `strength` (lambda) times a schedule of `SCHEDULES`, averaged over the weights."""
+    """How a weight is regularized: `strength` (lambda) times a schedule of `SCHEDULES`, averaged over the weights.
+
+    every   act at every n-th optimizer step only, n times as strongly
+    """
 
     method: str
     strength: float = 1.0
     schedule: str = "constant"
+    every: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -92,12 +97,31 @@ class RegularizerConfig:
         check_known(self.options, option_names(REGULARIZERS[self.method]), f"option of {self.method}")
         if not 0 <= self.strength < math.inf:
             raise ValueError(f"{self.method}: strength must be 0 or more, got {self.strength!r}")
+        if self.every < 1:
+            raise ValueError(f"{self.method}: every must be at least 1, got {self.every!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SatNLConfig:
+    """A saturating nonlinearity on every weight: the options of `SatNL`."""
+
+    function: str = "tanh"
+    d: float | None = None
+    invert: bool = True
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        check_known([self.function], SATURATING, "function of satnl")
+        number = isinstance(self.d, (int, float)) and not isinstance(self.d, bool)
+        if self.d is not None and not (number and 0 < self.d < math.inf):
+            raise ValueError(f"satnl: d must be a positive number, got {self.d!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RobustQConfig:
     """What `RobustQ` does to a model.
 
+    satnl                a saturating nonlinearity on every weight; None: none
     regularizers         penalties on the weights, in order
     weights              quantizer of the weights in training; None: they train in float
     activations          quantizer of the inputs of the same layers; None: float
@@ -116,6 +140,7 @@ class RobustQConfig:
     seed                 of everything random in the plugin
     """
 
+    satnl: SatNLConfig | None = None
     regularizers: tuple[RegularizerConfig, ...] = ()
     weights: QuantizerConfig | None = None
     activations: QuantizerConfig | None = None
@@ -150,6 +175,8 @@ class RobustQConfig:
             needing.append("oscillations")
         if needing and (quantizer is None or not quantizer.uniform):
             raise ValueError(f"{needing[0]}: needs weights with a quantizer that rounds to steps, such as lsq")
+        if self.satnl is not None and self.oscillations == "freeze":
+            raise ValueError("satnl: weights cannot be frozen on the levels beyond it: watch oscillations, or drop one")
         names = [regularizer.method for regularizer in self.regularizers]
         if len(set(names)) < len(names):
             raise ValueError(f"a regularizer is listed twice: {', '.join(names)}")
@@ -167,6 +194,12 @@ class RobustQConfig:
         for name in ("weights", "activations"):
             if given.get(name) is not None:
                 given[name] = _nested(QuantizerConfig, name, given[name])
+        if given.get("satnl") is not None and not isinstance(given["satnl"], SatNLConfig):
+            values = given["satnl"]
+            if not isinstance(values, Mapping):
+                raise ValueError(f"satnl: expected a mapping of options, got {values!r}")
+            check_known(values, [f.name for f in fields(SatNLConfig)], "key of satnl")
+            given["satnl"] = SatNLConfig(**values)
         for name in ("include", "exclude", "weights_only"):
             if name in given:
                 given[name] = (given[name],) if isinstance(given[name], str) else tuple(given[name])

@@ -18,6 +18,11 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def rank() -> int:
+    """This process's number; 0 where it is alone."""
+    return dist.get_rank() if several() else 0
+
+
 def weights_on_rank_0(model: nn.Module) -> bool:
     """FSDP's `cpu_ram_efficient_loading`: until the model is wrapped, only rank 0 holds its weights."""
     names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")

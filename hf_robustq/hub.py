@@ -22,6 +22,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_robustq.calibrate import own_buffers, stages
 from hf_robustq.config import QuantizerConfig, RobustQConfig
 from hf_robustq.plugin import METHOD, RobustQ
+from hf_robustq.plugin.mark import mark
+from hf_robustq.plugin.publish import unfold
 from hf_robustq.quantizers import LEARNED
 from hf_robustq.sharded import assign, whole_shape
 
@@ -90,16 +92,20 @@ class RobustQHfQuantizer(HfQuantizer):
         for stage in stages(plugin.sites):
             for name in stage._non_persistent_buffers_set:  # transformers leaves them uninitialised
                 stage.get_buffer(name).zero_()
-        self._check_complete(model, plugin)
+        new = self._check_complete(model, plugin)
+        unfold(plugin, new)
         plugin.enable(True)
         plugin.restored()
         del model.hf_quantizer, model.quantization_method
         model.is_quantized = False
-        model.config.quantization_config = self.quantization_config.to_dict()
+        mark(plugin)
         plugin.before_wrapping()
 
-    def _check_complete(self, model: nn.Module, plugin: RobustQ) -> None:
-        """Stages whose weight is new, as a head for other labels is, begin anew. Else every tensor must be there."""
+    def _check_complete(self, model: nn.Module, plugin: RobustQ) -> frozenset[str]:
+        """Stages whose weight is new, as a head for other labels is, begin anew. Else every tensor must be there.
+
+        Returns the names of the new weights.
+        """
         found = {name: shape for file in self.files for name, shape in _shapes(file).items()}
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         stored = {name.removeprefix(prefix): shape for name, shape in found.items()}
@@ -107,7 +113,7 @@ class RobustQHfQuantizer(HfQuantizer):
         def matches(name: str, tensor: torch.Tensor) -> bool:
             return stored.get(name.removeprefix(prefix)) == list(whole_shape(tensor))
 
-        lost = []
+        lost, new = [], []
         for site in plugin.sites:
             owner = site.name.removesuffix(site.tensor)
             own = (f"{site.name}_stages.", f"{owner}activation_stages.")
@@ -115,6 +121,7 @@ class RobustQHfQuantizer(HfQuantizer):
             gone = [name for name, tensor in tensors.items() if not matches(name, tensor)]
             known = stored.get(site.name.removeprefix(prefix))
             if (known is None and len(gone) == len(tensors)) or (known is not None and known != list(site.shape)):
+                new.append(site.name)
                 for name, tensor in tensors.items():
                     assign(tensor, self.initial[name])
             else:
@@ -124,6 +131,7 @@ class RobustQHfQuantizer(HfQuantizer):
                 f"{len(lost)} quantizer tensors are missing in {Path(self.files[0]).parent}, {lost[0]} among them: "
                 "the folder does not belong to its config.json, or to another class of model"
             )
+        return frozenset(new)
 
     def _own_tensors(self, model: nn.Module, plugin: RobustQ) -> list[tuple[str, torch.Tensor]]:
         """What the stages save, by name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +20,16 @@ def is_sharded(parameter: Tensor) -> bool:
 def whole_shape(parameter: Tensor) -> torch.Size:
     """The shape of the unsharded parameter: ZeRO-3 leaves an empty tensor in its place."""
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def held(tensor: Tensor) -> Tensor:
+    """The piece of a tensor that this rank holds, to be read or written in place; all of it where it is not sharded."""
+    return tensor.to_local().data if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor).data
+
+
+def uses_deepspeed(parameter: Tensor) -> bool:
+    """Whether DeepSpeed optimizes a parameter, by ZeRO of any stage."""
+    return any(hasattr(parameter, name) for name in ("ds_id", "_hp_mapping", "_z3_optimizer"))
 
 
 @contextmanager
@@ -43,11 +53,24 @@ def settle(model: nn.Module) -> None:
             module.reshard()
 
 
+@contextmanager
+def values_kept(model: nn.Module, pieces: Sequence[Tensor]) -> Iterator[None]:
+    """For writing to the `held` pieces of a model's parameters: afterwards they are as before, to the bit."""
+    own = [piece.detach().clone() for piece in pieces]
+    settle(model)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for piece, values in zip(pieces, own, strict=True):
+                piece.copy_(values)
+        settle(model)
+
+
 @torch.no_grad()
 def clamp_local(tensor: Tensor, low: float) -> None:
     """Clamp the values from below, in the pieces this rank holds and in DeepSpeed's float32 master of them."""
-    held = getattr(tensor, "ds_tensor", tensor)
-    held.data.clamp_(min=low)
+    held(tensor).clamp_(min=low)
     if hasattr(tensor, "_z3_optimizer"):
         from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from hf_robustq.functional import fake_quantize, kurtosis
 from hf_robustq.quantizers import Oscillation, Quantizer
 from hf_robustq.regularizers import Regularizer
-from hf_robustq.sharded import is_sharded, whole
+from hf_robustq.reparam import network_weight
+from hf_robustq.sharded import held, is_sharded, whole
 from hf_robustq.sites import Site
 
 NEVER = 2**62
@@ -20,10 +20,10 @@ NEVER = 2**62
 
 @torch.no_grad()
 def site_kurtosis(sites: Sequence[Site]) -> dict[str, float]:
-    """Kurtosis of each site's stored weight."""
+    """Kurtosis of each site's weight in the float network."""
     values = []
     for site in sites:
-        with whole(site.parameter) as weight:
+        with network_weight(site) as weight:
             values.append(kurtosis(weight).float())
     return dict(zip((site.name for site in sites), torch.stack(values).tolist(), strict=True)) if values else {}
 
@@ -35,7 +35,7 @@ def mean_penalties(sites: Sequence[Site]) -> dict[str, float]:
     for site in sites:
         for name, stage in site.weight_stages.named_children():
             if isinstance(stage, Regularizer):
-                with whole(site.parameter) as weight:
+                with network_weight(site) as weight:
                     penalties.setdefault(name, []).append(stage.penalty(weight, *stage.parameters()).float())
     return {name: float(torch.stack(values).nanmean()) for name, values in penalties.items()}
 
@@ -55,7 +55,7 @@ def site_quantization(sites: Sequence[Site]) -> dict[str, dict[str, float]]:
         quantizer = site.weight_stages._modules.get("quantizer")
         if not isinstance(quantizer, Quantizer) or not quantizer.uniform or not bool(quantizer.initialized):
             continue
-        with whole(site.parameter) as weight, whole(quantizer.scale) as scale:
+        with network_weight(site) as weight, whole(quantizer.scale) as scale:
             axis, low, high = quantizer.grid.axis, quantizer.low, quantizer.high
             w, step = weight.float(), scale if axis is None else scale.view([-1] + [1] * (weight.dim() - axis - 1))
             error = (fake_quantize(w, scale, low, high, axis=axis) - w).abs().mean()
@@ -104,9 +104,7 @@ class FiniteWatch:
     @torch.no_grad()
     def look(self, step: int) -> None:
         """Look at every tensor once."""
-        shards = [
-            t.to_local() if isinstance(t, DTensor) else getattr(t, "ds_tensor", t) for t in self._tensors().values()
-        ]
+        shards = [held(tensor) for tensor in self._tensors().values()]
         sums = [shard.sum(dtype=torch.float32) for shard in shards]  # finite only where every element is
         device = sums[0].device
         finite = torch.stack([value.to(device) for value in sums]).isfinite()

@@ -2,7 +2,7 @@
 
 import functools
 
-from hf_robustq import KURE, LSQ, Damping, DoReFa, Fixed, Grid, LSQPlus, NoiseTempered
+from hf_robustq import KURE, LSQ, Damping, DoReFa, Fixed, Grid, LSQPlus, NoiseTempered, SymReg, SymReg2
 
 QUANTIZERS = {
     "fixed": Fixed,
@@ -26,4 +26,6 @@ REGULARIZERS = {
     "damping": damping,
     "kure": lambda: KURE(),
     "kure at 3": lambda: KURE(target=3.0),
+    "sym1": lambda: SymReg(),
+    "sym2": lambda: SymReg2(),
 }

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
@@ -116,13 +117,29 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("stop", [4, 6])
-def test_an_interrupted_run_resumed_ends_with_exactly_the_same_weights(tmp_path, stop):
+SECOND_PAPER = {
+    "satnl": {},
+    "regularizers": {"sym1": {"strength": 1.0, "every": 2}, "kure": {"strength": 0.1}},
+    "weights": {"method": "noise", "bits": 4},
+    "calibration_samples": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("stop", "config", "options"),
+    [
+        (4, {}, {}),
+        (6, {}, {}),
+        (4, SECOND_PAPER, {"asam": {"rho": 0.5}, "ema": {"decay": 0.9}}),
+        (6, {"satnl": {"function": "softsign"}}, {"ema": {}}),
+    ],
+)
+def test_an_interrupted_run_resumed_ends_with_exactly_the_same_weights(tmp_path, stop, config, options):
     """Augmentation, dropout, batch norm, sweeps and a mid-epoch checkpoint included: 9 steps in 3 epochs."""
 
     def trainer(folder, *callbacks):
         torch.manual_seed(0)
-        config = {
+        default = {
             "regularizers": {"kure": {"strength": 2.0, "schedule": "linear"}},
             "weights": {"bits": 4},
             "calibration_samples": 8,
@@ -136,8 +153,9 @@ def test_an_interrupted_run_resumed_ends_with_exactly_the_same_weights(tmp_path,
             optim_args="momentum=0.9",
         )
         return RobustTrainer(
-            model=resnet(), args=args, train_dataset=pictures(), eval_dataset=pictures(8).evaluation(), robustq=config,
-            sweep=["fp", "w3", "w4a4", "trained"], compute_metrics=compute_accuracy, callbacks=list(callbacks),
+            model=resnet(), args=args, train_dataset=pictures(), eval_dataset=pictures(8).evaluation(),
+            robustq={**default, **config}, sweep=["fp", "w3", "w4a4", "trained"], compute_metrics=compute_accuracy,
+            callbacks=list(callbacks), **options,
         )  # fmt: skip
 
     whole = trainer(tmp_path / "whole")
@@ -150,6 +168,10 @@ def test_an_interrupted_run_resumed_ends_with_exactly_the_same_weights(tmp_path,
     assert all(torch.equal(v, resumed.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
     sweeps = [json.loads((tmp_path / run / "robustq_sweep.json").read_text()) for run in ("whole", "parts")]
     assert sweeps[0] == sweeps[1] and len(sweeps[0]) == 3
+    final = [load_file(tmp_path / run / "checkpoint-8" / "model.safetensors") for run in ("whole", "parts")]
+    assert same(*final)
+    state = tmp_path / "whole" / "checkpoint-8" / "robustq_state.safetensors"
+    assert state.exists() is bool(config)
 
 
 LEARNED = {
@@ -478,8 +500,6 @@ class Poison(TrainerCallback):
 def test_a_non_finite_weight_stops_at_the_next_log_or_save_and_names_the_layer(
     tmp_path, logging, saving, stopped, kept
 ):
-    from safetensors.torch import load_file
-
     model = bert()
     plugin = RobustQ(model, KURE)
     site = plugin.sites[4]
@@ -603,6 +623,126 @@ def test_batch_norms_are_estimated_on_augmented_training_samples(tmp_path):
     measured = trainer.sweep_callback.sweeps[0].value("fp/bn")
     assert measured == pytest.approx(by_hand(train), rel=1e-5)
     assert measured != pytest.approx(by_hand(train.evaluation()), rel=1e-2)
+
+
+def published(folder, batch):
+    """The logits of a folder as transformers alone would load it: nothing of ours among its tensors."""
+    tensors = {name: v for name, v in load_file(folder / "model.safetensors").items() if "stages" not in name}
+    model = bert().eval()
+    assert not model.load_state_dict(tensors, strict=False).unexpected_keys
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+def test_averages_are_evaluated_swept_saved_and_kept_through_the_best_model(tmp_path):
+    """Every folder gives the averaged network of its step; the trainer ends with that of the best one."""
+    torch.manual_seed(0)
+    batch, seen = tokens(labels=3, batch=4), {}
+
+    class Averaged(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            plugin = trainer.robustq
+            with torch.no_grad(), plugin.averaged():
+                plugin.model.eval()
+                seen[state.global_step] = plugin.model(**batch).logits
+            plugin.model.train()
+
+    def first_is_best(prediction):  # the accuracy falls from step to step
+        return {"accuracy": 1.0 / (1 + trainer.state.global_step)}
+
+    args = arguments(
+        tmp_path, max_steps=3, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
+        load_best_model_at_end=True, metric_for_best_model="accuracy", greater_is_better=True, learning_rate=0.5,
+    )  # fmt: skip
+    trainer = RobustTrainer(
+        model=bert(), args=args, train_dataset=text(), eval_dataset=text(6), sweep=["fp"], ema={"decay": 0.5},
+        robustq={"satnl": {}, "calibration_samples": 8}, compute_metrics=first_is_best, callbacks=[Averaged()],
+    )  # fmt: skip
+    trainer.train()
+    for step, logits in seen.items():
+        torch.testing.assert_close(published(tmp_path / f"checkpoint-{step}", batch), logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(seen[1], seen[3], atol=1e-3)
+    trainer.save_model(str(tmp_path / "final"))
+    torch.testing.assert_close(published(tmp_path / "final", batch), seen[1], rtol=1e-4, atol=1e-5)
+    rows = [sweep.rows[0].metrics["loss"] for sweep in trainer.sweep_callback.sweeps]
+    logged = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert rows == pytest.approx(logged, rel=1e-5)
+    own = trainer.evaluate()["eval_loss"]
+    assert own == pytest.approx(logged[0], rel=1e-5)
+    with torch.no_grad():
+        raw = trainer.model.eval()(**batch).logits
+    assert not torch.allclose(raw, seen[1], atol=1e-3)
+
+
+def test_two_passes_of_the_trainer_are_those_of_a_loop(tmp_path):
+    """Accumulation over an uneven epoch, and clipping; the logged loss is that at the weights themselves."""
+    from hf_robustq import ASAM
+
+    data, model = Rows(tokens(batch=24)), gpt2()
+    plain = copy.deepcopy(model)
+    args = arguments(
+        tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4, max_grad_norm=0.5,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer = RobustTrainer(
+        model=model, args=args, train_dataset=data, robustq={"calibration_samples": 4}, sweep=(), asam={"rho": 0.5}
+    )
+    trainer.train()
+    optimizer, asam = torch.optim.SGD(plain.parameters(), lr=0.05), ASAM(plain, rho=0.5)
+    plain.train()
+    losses = []
+    for start, count in ((0, 4), (16, 2)):
+        total = 0.0
+        for i in range(count):
+            rows = [data[j] for j in range(start + 4 * i, start + 4 * i + 4)]
+            batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+            def once(batch=batch, count=count):
+                loss = plain(**batch).loss / count
+                loss.backward()
+                return loss.detach()
+
+            total += float(asam(once))
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        for group, rate in zip(optimizer.param_groups, [0.05 * (1 - len(losses) / 2)], strict=True):
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    logged = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert logged == pytest.approx(losses, rel=1e-3)
+    for name, value in plain.named_parameters():
+        torch.testing.assert_close(weights(model)[name], value.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_two_passes_under_bfloat16(tmp_path):
+    data, model = text(24), bert()
+    args = arguments(tmp_path, bf16=True, learning_rate=0.1, num_train_epochs=4)
+    trainer = RobustTrainer(
+        model=model,
+        args=args,
+        train_dataset=data,
+        robustq=SECOND_PAPER,
+        sweep=(),
+        asam={"rho": 0.2},
+        ema={"decay": 0.5},
+    )
+    start = trainer.evaluate(data)["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate(data)["eval_loss"] < start
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_options_of_two_passes_and_averages_are_checked(tmp_path):
+    def build(**options):
+        return RobustTrainer(model=bert(), args=arguments(tmp_path), train_dataset=text(), robustq=KURE, **options)
+
+    with pytest.raises(ValueError, match="unknown option of asam 'roh': did you mean 'rho'"):
+        build(asam={"roh": 1.0})
+    with pytest.raises(ValueError, match="rho must be positive"):
+        build(asam={"rho": 0})
+    with pytest.raises(ValueError, match="decay must be"):
+        build(ema={"decay": 2})
 
 
 def test_several_metrics_without_accuracy_are_all_logged(tmp_path, caplog):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hf_robustq.calibrate import undisturbed
 from hf_robustq.plugin import RobustQ
+from hf_robustq.reparam import network_weight
 from hf_robustq.sharded import whole
 from hf_robustq.sites import Site
 from hf_robustq.sweep import Calibration, Setting, Steps, quantized
@@ -44,7 +45,7 @@ def weight_statistics(plugin: RobustQ, bins: int = 101) -> dict[str, WeightStati
 
 
 def _statistics(site: Site, bins: int) -> WeightStatistics:
-    with whole(site.parameter) as weight:
+    with network_weight(site) as weight:
         w = weight.detach().double().flatten().sort().values
     largest = max(float(w.abs().amax()), torch.finfo(torch.float64).tiny)
     deviation = float(w.std(correction=0))
@@ -69,9 +70,9 @@ def weight_sqnr(plugin: RobustQ, setting: Setting | str, steps: Steps | None = N
     found = {}
     with undisturbed(plugin.model), quantized(plugin, setting, steps or Steps(plugin)):
         for site in plugin.sites:
-            with whole(site.parameter) as weight:
+            with whole(site.parameter) as stored, network_weight(site) as weight:
                 w = weight.double()
-                noise = float((site.weight_stages(weight).double() - w).pow(2).sum())
+                noise = float((site.weight_stages(stored).double() - w).pow(2).sum())
                 power = float(w.pow(2).sum())
                 found[site.name] = 10 * math.log10(power / noise) if noise else math.inf
     return found

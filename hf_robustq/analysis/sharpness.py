@@ -66,7 +66,7 @@ def sharpness(
 
     if any(weight.dtype not in (torch.float32, torch.float64) for weight in weights):
         raise ValueError("sharpness moves weights by less than half precision can tell: load the model in float32")
-    with _restored(plugin.model.parameters()), undisturbed(plugin.model), ExitStack() as stack:
+    with _restored(plugin.model.parameters()), undisturbed(plugin.model), plugin.published(), ExitStack() as stack:
         if around == "quantized":
             stack.enter_context(_baked(plugin))
         origin = [weight.detach().clone() for weight in weights]

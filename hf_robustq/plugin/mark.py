@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from hf_robustq.plugin.publish import Publisher, differs
+
 if TYPE_CHECKING:
     from hf_robustq.plugin.robustq import RobustQ
 
@@ -16,12 +18,14 @@ METHOD = "robustq"
 
 
 def mark(plugin: RobustQ) -> None:
-    """The model leads to its plugin; `save_pretrained` writes the plugin's config into `config.json`."""
+    """The model leads to its plugin; `save_pretrained` writes its config into `config.json`, and what it publishes."""
     model: Any = plugin.model
     object.__setattr__(model, PLUGIN, plugin)
     if has_config(model):
         _own_config(model)
         model.config.quantization_config = {"quant_method": METHOD, **plugin.config.to_dict()}
+        if differs(plugin):
+            model.hf_quantizer = Publisher(plugin)
 
 
 def _own_config(model: nn.Module) -> None:
@@ -37,6 +41,8 @@ def unmark(plugin: RobustQ) -> None:
     """Undo `mark`."""
     model: Any = plugin.model
     vars(model).pop(PLUGIN, None)
+    if isinstance(vars(model).get("hf_quantizer"), Publisher):
+        del model.hf_quantizer
     if has_config(model) and hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Self
@@ -15,12 +16,16 @@ from hf_robustq import calibrate as calibration
 from hf_robustq import distributed
 from hf_robustq.calibrate import Forward, input_probe, weight_probe
 from hf_robustq.config import QuantizerConfig, RobustQConfig
+from hf_robustq.optim import EMA
 from hf_robustq.plugin.mark import PLUGIN, mark, refuse_quantized, unmark
+from hf_robustq.plugin.publish import published, saturated, unfold
 from hf_robustq.plugin.stages import activation_stages, float_input, weight_stages
 from hf_robustq.plugin.table import table
 from hf_robustq.plugin.training import Training, carriers, own_parameters, quantizers
 from hf_robustq.quantizers import InputProbe, Quantizer
-from hf_robustq.sharded import is_sharded, settle, whole_shape
+from hf_robustq.regularizers import REGULARIZERS
+from hf_robustq.reparam import network_weight
+from hf_robustq.sharded import assign, is_sharded, settle, whole_shape
 from hf_robustq.sites import LeftOut, Site, attach, bake, detach, find_sites, refuse_wrapped
 from hf_robustq.telemetry import FiniteWatch, means, site_quantization
 
@@ -59,10 +64,9 @@ class RobustQ:
             if not any(fnmatchcase(site.name, pattern) for site in self.sites):
                 raise ValueError(f"weights_only: pattern {pattern!r} matches no staged weight")
         self.edges = edges if config.first_last == 8 else {}
-        if config.regularizers and not any(s.parameter.requires_grad for s in self.sites if s.name not in self.edges):
-            names = ", ".join(regularizer.method for regularizer in config.regularizers)
-            raise ValueError(f"{names}: every weight it would act on is frozen; unfreeze some, or drop the regularizer")
         self._attach()
+        self.ema: EMA | None = None
+        self.publishing = False
         self.watch = FiniteWatch(model)
         self.calibrated = False
         self._training = Training(self)
@@ -90,10 +94,35 @@ class RobustQ:
                 attach(site, stages, activation_stages(self.config, site, self.edges), recompute)
                 shared[id(site.parameter)] = site.weight_stages  # both ends of a tie get the same stages
                 attached.append(site)
+            self._check_regularizers()
+            self._wrap()
         except Exception:
             for site in attached:
                 detach(site)
             raise
+
+    def _check_regularizers(self) -> None:
+        for regularizer in self.config.regularizers:
+            if not carriers(self.sites, regularizer.method):
+                stage = REGULARIZERS[regularizer.method](**regularizer.options)
+                inner = [site for site in self.sites if site.name not in self.edges]
+                reasons = {stage.refuses(site.module) or "frozen" for site in inner} or {"a first or last layer"}
+                raise ValueError(
+                    f"{regularizer.method}: every weight it would act on is {' or '.join(sorted(reasons))}: "
+                    "let it act on some, or drop it"
+                )
+
+    def _wrap(self) -> None:
+        """Give every weight with SatNL the stored values that leave the network as it is."""
+        if self.config.satnl is None:
+            return
+        owners: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name)
+        for site, _ in saturated(self):
+            if len(names := owners[id(site.parameter)]) > 1:
+                raise ValueError(f"satnl: {names[0]} is tied to {names[1]}: add both to exclude, or drop satnl")
+        unfold(self, frozenset(site.name for site in self.sites))
 
     # ---- before training -------------------------------------------------------------------------
 
@@ -107,6 +136,7 @@ class RobustQ:
         quantized for layers whose input is never seen, and where ranks have different configs.
         """
         self.agree()
+        distributed.broadcast(stage.d for _, stage in saturated(self))
         if distributed.weights_on_rank_0(self.model):
             raise RuntimeError(
                 "with cpu_ram_efficient_loading other ranks have no weights yet: calibrate after accelerator.prepare"
@@ -249,6 +279,38 @@ class RobustQ:
             groups.append({"params": list(own.values()), "weight_decay": 0.0, **rate})
         return groups
 
+    # ---- averages, and what is published ----------------------------------------------------------
+
+    def average(self, decay: float = 0.9999) -> EMA:
+        """Average the weights from now on (`EMA`); `ema.update()` follows every optimizer step.
+
+        The averages are what `published` shows and `save_pretrained` saves.
+        """
+        self.ema = EMA(self.model, decay)
+        mark(self)
+        return self.ema
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model with the averages of its weights, where there are some; afterwards as before, to the bit."""
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+    @contextmanager
+    def published(self) -> Iterator[None]:
+        """The model as a saved folder has it: averages in place of the weights, and SatNL's weights the stored ones.
+
+        It computes the same. Afterwards it is as before, to the bit. Gather and save the tensors of a sharded
+        model, or of one without `save_pretrained`, in here.
+        """
+        if self.publishing:
+            yield
+            return
+        with published(self):
+            self.publishing = True
+            try:
+                yield
+            finally:
+                self.publishing = False
+
     # ---- afterwards ------------------------------------------------------------------------------
 
     def bake(self, activations: bool = False) -> nn.Module:
@@ -268,7 +330,7 @@ class RobustQ:
                 bake(site)
             if activations:
                 attach(site, {"probe": probe}, inputs)
-        self.config = replace(self.config, weights=None, regularizers=())
+        self.config = replace(self.config, satnl=None, weights=None, regularizers=())
         (mark if activations else unmark)(self)
         return self.model
 
@@ -278,8 +340,14 @@ class RobustQ:
         Takes the place of this plugin, which is detached.
         """
         observed = {site.name: (weight_probe(site), input_probe(site)) for site in self.sites}
-        self.detach()
-        plugin = RobustQ(self.model, replace(self.config, weights=weights, activations=activations))
+        bounds = {site.name: stage.d for site, stage in saturated(self)}
+        self._take_off()
+        as_stored = self.config.satnl and replace(self.config.satnl, invert=False)
+        plugin = RobustQ(self.model, replace(self.config, satnl=as_stored, weights=weights, activations=activations))
+        plugin.config = replace(plugin.config, satnl=self.config.satnl)
+        mark(plugin)
+        for site, stage in saturated(plugin):
+            stage.d.copy_(bounds[site.name])
         for site in plugin.sites:
             for mine, theirs in zip((weight_probe(site), input_probe(site)), observed[site.name], strict=True):
                 mine.load_state_dict(theirs.state_dict())
@@ -321,9 +389,9 @@ class RobustQ:
             )
 
     def enable(self, on: bool) -> None:
-        """Switch all quantizers on or off; off, a weight reads as the stored parameter."""
-        for quantizer in quantizers(self.sites):
-            quantizer.enabled = on
+        """Switch quantizers and SatNL on or off; off, a weight reads as the stored parameter."""
+        for stage in (*quantizers(self.sites), *(stage for _, stage in saturated(self))):
+            stage.enabled = on
 
     def restored(self) -> None:
         """Take over what was loaded into the stages. Raises `ValueError`, with the weight's name, for nonsense."""
@@ -346,7 +414,17 @@ class RobustQ:
                 raise RuntimeError("the quantizers have no steps yet: call plugin.calibrate(batches, forward) first")
 
     def detach(self) -> nn.Module:
-        """Take every stage off; the identical parameters and classes are left. Returns the model."""
+        """Take every stage off; the identical parameters and classes are left. Returns the model.
+
+        The weights are the float network's: SatNL is folded into them.
+        """
+        for site, _ in saturated(self):
+            with network_weight(site) as weight:
+                values = weight.detach().clone()
+            assign(site.parameter, values)
+        return self._take_off()
+
+    def _take_off(self) -> nn.Module:
         for site in self.sites:
             detach(site)
         unmark(self)

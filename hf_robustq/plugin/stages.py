@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 
 import torch
@@ -12,6 +13,7 @@ from hf_robustq.config import QuantizerConfig, RobustQConfig
 from hf_robustq.grid import Grid
 from hf_robustq.quantizers import QUANTIZERS, CallProbe, InputProbe, Oscillation, Quantizer, Role, WeightProbe
 from hf_robustq.regularizers import REGULARIZERS, Regularizer
+from hf_robustq.reparam import SatNL
 from hf_robustq.sites import Site
 
 
@@ -27,11 +29,15 @@ def float_input(config: RobustQConfig, site: Site) -> str:
 
 
 def weight_stages(config: RobustQConfig, site: Site, edges: Collection[str]) -> dict[str, nn.Module]:
-    """Regularizers and quantizer, which the edges have at 8 bits and without regularizers, then the probe."""
+    """SatNL, regularizers and quantizer, of which the edges have only the last, at 8 bits; then the probe."""
     stages: dict[str, nn.Module] = {}
     if site.name not in edges:
+        if config.satnl is not None:
+            stages["satnl"] = SatNL(**asdict(config.satnl))
         for regularizer in config.regularizers:
-            stages[regularizer.method] = REGULARIZERS[regularizer.method](**regularizer.options)
+            stage = REGULARIZERS[regularizer.method](**regularizer.options)
+            if not stage.refuses(site.module):
+                stages[regularizer.method] = stage
     if config.weights is not None:
         axis = site.axis if config.weights.per_channel else None
         stages["quantizer"] = _quantizer(config.weights, site, edges, axis, "weight")

@@ -12,8 +12,9 @@ from torch import nn
 from hf_robustq.calibrate import stages, weight_probe
 from hf_robustq.quantizers import Moment, Oscillation, Quantizer
 from hf_robustq.regularizers import Regularizer
+from hf_robustq.reparam import network_weight
 from hf_robustq.schedules import SCHEDULES
-from hf_robustq.sharded import is_sharded
+from hf_robustq.sharded import is_sharded, uses_deepspeed
 from hf_robustq.sites import Site
 
 if TYPE_CHECKING:
@@ -79,9 +80,10 @@ class Training:
             self._next_micro_batch()
         for regularizer in self.plugin.config.regularizers:
             acting = carriers(self.plugin.sites, regularizer.method)
-            factor = regularizer.strength * SCHEDULES[regularizer.schedule](progress) / len(acting)
+            factor = regularizer.strength * SCHEDULES[regularizer.schedule](progress) / len(acting) * regularizer.every
+            due = first and factor > 0 and self._moment is not None and self._moment.step % regularizer.every == 0
             for site, stage in acting:
-                stage.active = first and factor > 0
+                stage.active = due
                 if stage.active:
                     strength = factor / weight_probe(site).uses[0]
                     stage.strength.copy_(strength if scaler is None else scaler.scale(strength))
@@ -103,9 +105,10 @@ class Training:
         for site in self.plugin.sites:
             watcher = site.weight_stages._modules.get("oscillation")
             if isinstance(watcher, Oscillation):
-                if is_sharded(site.parameter) or hasattr(site.parameter, "_hp_mapping"):  # ZeRO-1 and 2 have a master
+                if is_sharded(site.parameter) or uses_deepspeed(site.parameter):
                     raise ValueError("oscillations are watched in one process and under DDP only: set it to ignore")
-                watcher.update(site.parameter.data, cast(Quantizer, site.weight_stages._modules["quantizer"]))
+                with network_weight(site) as weight:
+                    watcher.update(weight, cast(Quantizer, site.weight_stages._modules["quantizer"]))
 
     def check_optimizer(self, optimizer: Any) -> None:
         known = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}

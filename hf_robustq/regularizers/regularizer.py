@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_robustq.functional import no_autocast, working_dtype
 from hf_robustq.stage import Stage
@@ -52,6 +52,10 @@ class Regularizer(Stage, ABC):
         super().__init__()
         self.active = False
         self.register_buffer("strength", torch.zeros((), dtype=torch.float32), persistent=False)
+
+    def refuses(self, module: nn.Module) -> str:  # noqa: ARG002
+        """Why it does not act on the weight of this layer; empty where it does."""
+        return ""
 
     @abstractmethod
     def penalty(self, w: Tensor, *theta: Tensor) -> Tensor:

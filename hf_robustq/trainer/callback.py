@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback
 
 from hf_robustq.plugin import RobustQ
+from hf_robustq.plugin.publish import differs, load_state
 
 
 class RobustQCallback(TrainerCallback):
@@ -25,14 +26,18 @@ class RobustQCallback(TrainerCallback):
         plugin: RobustQ,
         calibrate: Callable[[], None] | None = None,
         observe: Callable[[], None] | None = None,
+        begin: Callable[[], None] | None = None,
     ) -> None:
         self.plugin = plugin
         self.calibrate = calibrate
         self.observe = observe
+        self.begin = begin
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if isinstance(kwargs.get("model"), torch.nn.DataParallel) or args.n_gpu > 1:
             raise ValueError(several_gpus(args.n_gpu))
+        if self.begin is not None:
+            self.begin()
         if not self.plugin.calibrated and self.calibrate is not None:
             self.calibrate()
         if not self.plugin.calibrated:
@@ -77,6 +82,8 @@ class RobustQCallback(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         self.plugin.after_optimizer_step()
+        if self.plugin.ema is not None and not getattr(kwargs.get("optimizer"), "step_was_skipped", False):
+            self.plugin.ema.update()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if control.should_log or control.should_save or control.should_evaluate:
@@ -88,6 +95,8 @@ class RobustQCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         self.plugin.end_micro_batch()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None and differs(self.plugin):
+            load_state(self.plugin, state.best_model_checkpoint)
         self.plugin.watch.check(state.global_step)
 
 

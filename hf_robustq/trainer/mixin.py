@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +18,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_robustq.card import write_card
 from hf_robustq.config import RobustQConfig, check_known
+from hf_robustq.optim import ASAM, EMA
+from hf_robustq.optim.asam import check_optimizer
 from hf_robustq.plugin import RobustQ
+from hf_robustq.plugin.publish import load_state, save_state
 from hf_robustq.schedules import LR_SCHEDULES
 from hf_robustq.sweep import DEFAULT_SETTINGS, Setting, parse_settings
 from hf_robustq.trainer.batches import calibration_batches, forward
@@ -40,10 +44,15 @@ class RobustQMixin(_AnyTrainer):
     calibration_dataset  training samples with the evaluation transform; default: `train_dataset`
     scale_lr             learning rate of what the stages learn (steps, offsets); default: that of the weights
     lr_schedule          {"name": one of `LR_SCHEDULES`, and its options}; default: the Trainer's own
+    asam                 options of `ASAM`, {"rho": 1.0}: two passes a step; default: one
+    ema                  options of `EMA`, {"decay": 0.9999}: averages of the weights are what is evaluated, swept,
+                         saved and published; default: the weights
     """
 
     robustq: RobustQ
+    asam: ASAM | None = None
     _scheduler_state: Path | None = None
+    _resumed: Path | None = None
     _observed: int | None = None
 
     def __init__(
@@ -55,8 +64,14 @@ class RobustQMixin(_AnyTrainer):
         calibration_dataset: Any = None,
         scale_lr: float | None = None,
         lr_schedule: Mapping[str, Any] | None = None,
+        asam: Mapping[str, Any] | None = None,
+        ema: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        for options, kind in ((asam, ASAM), (ema, EMA)):
+            known = [name for name in inspect.signature(kind).parameters if name not in ("model", "exclude")]
+            check_known(options or {}, known, f"option of {kind.__name__.lower()}")
+        self.asam_options, self.ema_options = asam, ema
         self._robustq_config = robustq.config if isinstance(robustq, RobustQ) else robustq
         given = robustq if isinstance(robustq, RobustQ) else None
         self.scale_lr = scale_lr
@@ -73,8 +88,11 @@ class RobustQMixin(_AnyTrainer):
             raise ValueError("robustq belongs to another model: pass the model it was created with")
         if self.model_init is None:  # else `call_model_init` has created it
             self.robustq = given or self._stage(cast(nn.Module, self.model))
+            self._set_up()
         self.calibration_dataset = calibration_dataset
-        self.robustq_callback = RobustQCallback(self.robustq, lambda: self._calibrate_once(wrapped=True), self.observe)
+        self.robustq_callback = RobustQCallback(
+            self.robustq, lambda: self._calibrate_once(wrapped=True), self.observe, self._begin
+        )
         self.add_callback(self.robustq_callback)
         self.sweep_callback = None
         if settings:
@@ -90,9 +108,27 @@ class RobustQMixin(_AnyTrainer):
     def _stage(self, model: nn.Module) -> RobustQ:
         return RobustQ.of(model) if self._robustq_config is None else RobustQ(model, self._robustq_config)
 
+    def _set_up(self) -> None:
+        """What goes with the plugin: two passes, averages."""
+        plugin = self.robustq
+        if self.asam_options is not None:
+            self.asam = ASAM(plugin.model, exclude=plugin.own_parameters(), **self.asam_options)
+        if self.ema_options is not None:
+            plugin.average(**self.ema_options)
+
+    def _begin(self) -> None:
+        """The model is wrapped and a checkpoint loaded: go on with what else it has, or begin."""
+        if self.asam is not None:
+            check_optimizer(self.optimizer)
+        if self._resumed is not None:
+            load_state(self.robustq, self._resumed)
+        elif self.robustq.ema is not None:
+            self.robustq.ema.start()
+
     def call_model_init(self, trial: Any = None) -> Any:
         model = super().call_model_init(trial)
         self.robustq = self._stage(model)
+        self._set_up()
         for callback in (getattr(self, "robustq_callback", None), getattr(self, "sweep_callback", None)):
             if callback is not None:
                 callback.plugin = self.robustq
@@ -136,7 +172,8 @@ class RobustQMixin(_AnyTrainer):
     def observe(self) -> None:
         """Observe the inputs on the calibration samples, unless that was done at this optimizer step."""
         if self._observed != self.state.global_step:
-            self.robustq.observe(self._calibration_batches(), forward(self))
+            with self.robustq.averaged():
+                self.robustq.observe(self._calibration_batches(), forward(self))
             self._observed = self.state.global_step
 
     def _resume(self, checkpoint: Path, *args: Any, **kwargs: Any) -> Any:
@@ -146,7 +183,16 @@ class RobustQMixin(_AnyTrainer):
         with readable(checkpoint, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled) as folder:
             bare = folder != checkpoint and not (folder / "optimizer.pt").exists()
             self._scheduler_state = folder / "scheduler.pt" if bare else None
-            return super().train(str(folder), *args, **kwargs)
+            self._resumed = folder
+            try:
+                return super().train(str(folder), *args, **kwargs)
+            finally:
+                self._resumed = None
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As ever; with ASAM twice."""
+        once = partial(super().training_step, model, inputs, *args, **kwargs)
+        return once() if self.asam is None else self.asam(once, model)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Calibrate, so that steps are set before the wrapping; then as ever, with a group for what stages learn."""
@@ -163,7 +209,8 @@ class RobustQMixin(_AnyTrainer):
         self._calibrate_once()
         if not self.robustq.calibrated:
             self.robustq.check_initialized()
-        return super().evaluation_loop(*args, **kwargs)
+        with self.robustq.averaged():
+            return super().evaluation_loop(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """The Trainer's own choice, less everything the stages learn."""
@@ -208,9 +255,13 @@ class RobustQMixin(_AnyTrainer):
             logs.update(self.robustq.metrics())
         super().log(logs, *args, **kwargs)
 
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As ever, of the published model; a checkpoint also gets what a resumed run goes on with."""
         self.robustq.watch.check(self.state.global_step)
-        super().save_model(*args, **kwargs)
+        with self.robustq.published():
+            super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None:
+            save_state(self.robustq, output_dir, write=self.args.should_save)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """A card that says how the model does at each bit-width; the Trainer's own where nothing was swept.
@@ -231,7 +282,9 @@ class RobustQMixin(_AnyTrainer):
                 base_model=kwargs.get("finetuned_from"),
                 dataset=kwargs.get("dataset"),
                 license=kwargs.get("license"),
-                settings=training_settings(self.args, self.lr_schedule, self.scale_lr),
+                settings=training_settings(
+                    self.args, self.lr_schedule, self.scale_lr, asam=self.asam_options, ema=self.ema_options
+                ),
                 step=best,
             )
 
@@ -263,7 +316,9 @@ def check_section(optimizer: Mapping[str, Any] | None, scale_lr: float | None) -
         )
 
 
-def training_settings(args: Any, lr_schedule: Mapping[str, Any] | None, scale_lr: float | None) -> dict[str, Any]:
+def training_settings(
+    args: Any, lr_schedule: Mapping[str, Any] | None, scale_lr: float | None, **options: Mapping[str, Any] | None
+) -> dict[str, Any]:
     """The training arguments that a reader needs to repeat the run."""
     names = ("learning_rate", "weight_decay", "num_train_epochs", "per_device_train_batch_size",
              "gradient_accumulation_steps", "world_size", "max_grad_norm", "bf16", "fp16")  # fmt: skip
@@ -271,4 +326,5 @@ def training_settings(args: Any, lr_schedule: Mapping[str, Any] | None, scale_lr
     schedule = dict(lr_schedule) if lr_schedule else args.lr_scheduler_type
     if scale_lr is not None:
         settings["learning_rate of steps"] = scale_lr
+    settings |= {name: str(dict(values)) for name, values in options.items() if values is not None}
     return {"optimizer": f"{args.optim} {args.optim_args or ''}".strip(), **settings, "lr_schedule": str(schedule)}

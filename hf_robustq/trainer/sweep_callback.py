@@ -130,7 +130,8 @@ class BitWidthSweepCallback(TrainerCallback):
             return
         if not self.sweeps and not self.trainer.is_in_train and self.file.exists():
             self.sweeps = load_sweeps(self.file)
-        result = self.run(kwargs["eval_dataloader"], prefix)
+        with self.plugin.averaged():
+            result = self.run(kwargs["eval_dataloader"], prefix)
         self.sweeps.append(result)
         if self.trainer.is_world_process_zero():
             save_sweeps(self.sweeps, self.file)

@@ -1,0 +1,161 @@
+"""What is saved of a model whose stored weights are not those of its network (SatNL), or not the ones to publish (EMA).
+
+Every folder with a `config.json` holds the network's weights under the user's names. A checkpoint has, besides, the
+stored ones, which a resumed run goes on with to the bit, in `robustq_state.safetensors`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.quantizers.base import HfQuantizer
+
+from hf_robustq import distributed
+from hf_robustq.reparam import SatNL, satnl
+from hf_robustq.sharded import assign, held, is_sharded, uses_deepspeed, values_kept, whole
+from hf_robustq.sites import Site
+
+if TYPE_CHECKING:
+    from hf_robustq.plugin.robustq import RobustQ
+
+logger = logging.getLogger(__name__)
+
+STATE = "robustq_state.safetensors"
+
+
+def saturated(plugin: RobustQ) -> list[tuple[Site, SatNL]]:
+    """The sites with SatNL."""
+    return [(site, stage) for site in plugin.sites if (stage := satnl(site)) is not None]
+
+
+def differs(plugin: RobustQ) -> bool:
+    """Whether what is to be published is not what the model holds."""
+    return plugin.ema is not None or bool(saturated(plugin))
+
+
+@contextmanager
+def published(plugin: RobustQ) -> Iterator[None]:
+    """See `RobustQ.published`. Local to every rank: SatNL works element by element."""
+    pairs = [(site, stage) for site, stage in saturated(plugin) if stage.enabled]
+    with plugin.averaged(), values_kept(plugin.model, [held(site.parameter) for site, _ in pairs]):
+        with torch.no_grad():
+            for site, stage in pairs:
+                held(site.parameter).copy_(stage(held(site.parameter)))
+        try:
+            for _, stage in pairs:
+                stage.enabled = False
+            yield
+        finally:
+            for _, stage in pairs:
+                stage.enabled = True
+
+
+class Publisher(HfQuantizer):
+    """transformers asks it for the tensors to save: those of the published model, whatever it was given."""
+
+    def __init__(self, plugin: RobustQ) -> None:
+        self.plugin = plugin
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            if not self.plugin.publishing:
+                raise RuntimeError(
+                    "the weights are in pieces, and the stored ones are not those to publish: gather and save them "
+                    "inside `with plugin.published():`, or by RobustTrainer.save_model()"
+                )
+            return None, {}
+        copies: dict[tuple[int, torch.Size], Tensor] = {}  # tied tensors stay tied
+        with self.plugin.published():
+            state = model.state_dict()
+            for name, tensor in state.items():
+                state[name] = copies.setdefault((tensor.data_ptr(), tensor.shape), tensor.clone())
+        return state, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def save_state(plugin: RobustQ, folder: str | Path, write: bool) -> None:
+    """The stored weights and the averages into a checkpoint; gathered on every rank, written by one (`write`)."""
+    if not differs(plugin):
+        return
+    averages = {} if plugin.ema is None else plugin.ema.state()
+    names = {*averages, *(site.name for site, _ in saturated(plugin))}
+    tensors = {f"average.{name}": values for name, values in averages.items()}
+    for name, parameter in plugin.model.named_parameters():
+        if name in names:
+            with whole(parameter) as values:
+                tensors[f"stored.{name}"] = values.clone()
+    if write:
+        updates = 0 if plugin.ema is None else plugin.ema.updates
+        tensors = {name: values.cpu().contiguous() for name, values in tensors.items()}
+        save_file(tensors, Path(folder) / STATE, metadata={"updates": str(updates)})
+
+
+def load_state(plugin: RobustQ, folder: str | Path) -> None:
+    """Go on with what `save_state` wrote, after the folder's own weights were loaded.
+
+    FSDP and DeepSpeed have brought the stored weights themselves. A folder without the file gives weights that are the
+    stored ones but for rounding, and averages that begin anew.
+    """
+    file = Path(folder) / STATE
+    parameters = dict(plugin.model.named_parameters())
+    stored = not any(is_sharded(p) or uses_deepspeed(p) for p in parameters.values())
+    if not file.is_file():
+        if stored and saturated(plugin):
+            logger.warning("%s has no %s: the stored weights are found from the network's", folder, STATE)
+            unfold(plugin)
+        if plugin.ema is not None:
+            plugin.ema.start()
+        return
+    with safe_open(file, framework="pt") as tensors:
+        names = list(tensors.keys())
+        for name in names:
+            kind, _, parameter = name.partition(".")
+            if kind == "stored" and stored:
+                assign(parameters[parameter], tensors.get_tensor(name))
+        if plugin.ema is not None:
+            averages = {n.partition(".")[2]: tensors.get_tensor(n) for n in names if n.startswith("average.")}
+            plugin.ema.restore(averages, int(tensors.metadata()["updates"])) if averages else plugin.ema.start()
+
+
+def unfold(plugin: RobustQ, new: frozenset[str] = frozenset()) -> None:
+    """The stored weights from the network's, which the parameters hold now; `new` ones are wrapped for the first time.
+
+    Nothing is done on ranks that have no weights yet.
+    """
+    if distributed.weights_on_rank_0(plugin.model) and distributed.rank():
+        return
+    pairs = [(site, stage) for site, stage in saturated(plugin) if not site.parameter.is_meta]
+    for site, stage in pairs:
+        if site.name in new:
+            with whole(site.parameter) as weight:
+                try:
+                    stage.bound(weight.detach())
+                except ValueError as error:
+                    raise ValueError(f"satnl: {site.name}: {error}") from None
+    for site, stage in pairs:
+        if stage.invert or site.name not in new:
+            with whole(site.parameter) as weight:
+                values = stage.right_inverse(weight)
+            assign(site.parameter, values)

@@ -1,0 +1,141 @@
+"""SatNL: a saturating nonlinearity between the stored weight and the network's (SymReg and SatNL, section 4.2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_robustq.functional import chunks, fused, memory_order, no_autocast, working_dtype
+from hf_robustq.sharded import whole
+from hf_robustq.sites import Site
+from hf_robustq.stage import Stage
+
+
+class Saturating(NamedTuple):
+    """An odd function with slope 1 at 0, falling slope and range (-1, 1); its slope; its inverse."""
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+    inverse: Callable[[Tensor], Tensor]
+
+
+SATURATING = {
+    "tanh": Saturating(torch.tanh, lambda u: 1 - torch.tanh(u) ** 2, torch.atanh),
+    "softsign": Saturating(lambda u: u / (1 + u.abs()), lambda u: (1 + u.abs()) ** -2, lambda y: y / (1 - y.abs())),
+    "arctan": Saturating(
+        lambda u: torch.atan(u * (math.pi / 2)) * (2 / math.pi),
+        lambda u: 1 / (1 + (u * (math.pi / 2)) ** 2),
+        lambda y: torch.tan(y * (math.pi / 2)) * (2 / math.pi),
+    ),
+}
+MARGIN = 1.05
+"""Where d is not given: this times the largest weight."""
+
+
+def _saturate(v: Tensor, d: Tensor, function: str) -> Tensor:
+    out = torch.empty_like(v)
+    for part, o in zip(chunks(v), chunks(out), strict=True):
+        o.copy_(SATURATING[function].value(part.to(d.dtype) / d) * d)
+    return out
+
+
+def _through(v: Tensor, grad: Tensor, d: Tensor, function: str) -> Tensor:
+    out = torch.empty_like(v)
+    for part, g, o in zip(chunks(v), chunks(grad), chunks(out), strict=True):
+        o.copy_(SATURATING[function].slope(part.to(d.dtype) / d) * g)
+    return out
+
+
+_fused_saturate, _fused_through = fused(_saturate), fused(_through)
+
+
+class _Saturate(torch.autograd.Function):
+    """d * f(v / d), which keeps nothing but the stored weight for its backward: f'(v / d) times the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, d: Tensor, function: str) -> Tensor:
+        ctx.save_for_backward(v, d)
+        ctx.function = function
+        order = memory_order(v)
+        flat = v.permute(order)
+        w = _fused_saturate(flat.reshape(-1), d, function).view(flat.shape)
+        return w.permute(sorted(range(v.dim()), key=order.__getitem__))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        v, d = ctx.saved_tensors
+        order = memory_order(v)
+        flat = v.permute(order)
+        with no_autocast(v):
+            of_v = _fused_through(flat.reshape(-1), grad.permute(order).reshape(-1), d, ctx.function).view(flat.shape)
+        return of_v.permute(sorted(range(v.dim()), key=order.__getitem__)), None, None
+
+
+class SatNL(Stage):
+    """The first stage of a weight: w = d * f(v / d) with the stored v, so that |w| < d and large weights cost more.
+
+    function  "tanh", "softsign" (x / (1 + |x|)) or "arctan" ((2 / pi) * atan(pi * x / 2)); all are odd, with slope 1
+              at 0
+    d         the bound, one for the whole weight; None: 1.05 times the largest weight found when it is wrapped
+    invert    wrap a weight so that the network stays what it is (v = d * f^-1(w / d)); False takes the weight that is
+              there as v, for training from scratch
+
+    Optimizers and weight decay act on v; regularizers and quantizers see w, and saved folders hold w.
+
+    Choice: the sources do not say the form; with f'(0) = 1 and a fixed d small weights stay what they are.
+    """
+
+    d: Tensor
+
+    def __init__(self, function: str = "tanh", d: float | None = None, invert: bool = True) -> None:
+        super().__init__()
+        self.function = function
+        self.invert = invert
+        self.enabled = True
+        self.register_buffer("d", torch.tensor([math.nan if d is None else float(d)]))
+
+    def forward(self, v: Tensor) -> Tensor:
+        return _Saturate.apply(v, self.d.to(working_dtype(v)), self.function) if self.enabled else v
+
+    @torch.no_grad()
+    def right_inverse(self, w: Tensor) -> Tensor:
+        """v of a weight within the bound. At the bound itself, which rounding may reach, a large finite v."""
+        d = self.d.double()
+        y = (w.double() / d).clamp(-1 + 1e-8, 1 - 1e-8)
+        return (SATURATING[self.function].inverse(y) * d).to(w.dtype)
+
+    @torch.no_grad()
+    def bound(self, weight: Tensor) -> None:
+        """Set d for a whole weight, if it is not. Raises `ValueError` for one to be inverted that reaches d."""
+        largest = float(weight.abs().amax())
+        if not math.isfinite(largest):
+            raise ValueError("it is not finite")
+        if math.isnan(float(self.d)):
+            self.d.fill_(MARGIN * largest or 1.0)
+        if self.invert and not largest < float(self.d):
+            raise ValueError(
+                f"its largest weight, {largest:.4g}, is not within d = {float(self.d):g}: d of {MARGIN * largest:.2g} "
+                "or more would do, or none given (each weight then gets its own)"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.function}, d={float(self.d):.4g}"
+
+
+def satnl(site: Site) -> SatNL | None:
+    """The nonlinearity of a site's weight, where it has one."""
+    stage = site.weight_stages._modules.get("satnl")
+    return stage if isinstance(stage, SatNL) else None
+
+
+@contextmanager
+def network_weight(site: Site) -> Iterator[Tensor]:
+    """The whole weight that the network in float works with: the stored one, or what SatNL makes of it."""
+    stage = satnl(site)
+    with whole(site.parameter) as weight:
+        yield weight if stage is None else stage(weight.detach())
