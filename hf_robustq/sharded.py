@@ -47,24 +47,29 @@ def whole(parameter: Tensor) -> Iterator[Tensor]:
 
 
 def settle(model: nn.Module) -> None:
-    """Put every FSDP2 unit back into pieces: a root stays whole after a forward, and what is written then is lost."""
+    """Put everything back into pieces, which what is written to them would not reach otherwise.
+
+    Under FSDP2 a root stays whole after a forward, and so do small parameters under ZeRO-3.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id") and parameter.shape == whole_shape(parameter):
+            parameter.partition()  # type: ignore[attr-defined]
 
 
 @contextmanager
 def values_kept(model: nn.Module, pieces: Sequence[Tensor]) -> Iterator[None]:
-    """For writing to the `held` pieces of a model's parameters: afterwards they are as before, to the bit."""
+    """For writing to the `held` pieces of a settled model's parameters: afterwards they are as before, to the bit."""
     own = [piece.detach().clone() for piece in pieces]
-    settle(model)
     try:
         yield
     finally:
+        settle(model)
         with torch.no_grad():
             for piece, values in zip(pieces, own, strict=True):
                 piece.copy_(values)
-        settle(model)
 
 
 @torch.no_grad()

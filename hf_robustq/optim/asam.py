@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_robustq.distributed import several
 from hf_robustq.functional import chunks, fused, memory_order, working_dtype
-from hf_robustq.sharded import held, uses_deepspeed, values_kept
+from hf_robustq.sharded import held, settle, uses_deepspeed, values_kept
 
 
 class ASAM:
@@ -42,8 +43,8 @@ class ASAM:
     kept. A first gradient that is not finite makes the second so: the scaler of fp16 then skips the step as a whole.
     Regularizers act in both passes and noise is the same in both. With SatNL, w is the stored weight.
 
-    One process, DDP, and FSDP2 without accumulation. Raises `ValueError` for a rho or eta that makes no sense and under
-    DeepSpeed, whose backward takes the optimizer step; `RuntimeError` where the first pass leaves no gradient.
+    One process, DDP, and FSDP2 without accumulation (else a `ValueError`, as under DeepSpeed, whose backward takes the
+    optimizer step, and for a rho or eta that makes no sense).
     """
 
     def __init__(
@@ -65,12 +66,16 @@ class ASAM:
 
     def __call__(self, run: Callable[[], Tensor], wrapped: nn.Module | None = None) -> Tensor:
         """Both passes of one micro-batch by `run()`, a forward and a backward; `wrapped`: the model, as prepared."""
+        settle(self.model)
         parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if any(uses_deepspeed(p) for p in parameters.values()):
             raise ValueError(
                 "asam: DeepSpeed takes the optimizer step inside the backward, so there is no second pass: "
                 "train with DDP or FSDP2, or leave asam out"
             )
+        in_pieces = any(isinstance(p, DTensor) for p in parameters.values())
+        if in_pieces and not GradientState().sync_gradients:
+            raise ValueError("asam: FSDP2 does not keep accumulated gradients apart: use larger batches, or DDP")
         accumulated = [p.grad for p in parameters.values()]
         for parameter in parameters.values():
             parameter.grad = None
@@ -83,11 +88,7 @@ class ASAM:
             if p.grad is not None and name not in self.exclude
         ]
         if not moves:
-            raise RuntimeError(
-                "asam: the first pass left no gradient: under FSDP2 there can be no accumulation (use larger batches, "
-                "or DDP), and run() has to call the backward"
-            )
-        in_pieces = any(isinstance(p, DTensor) for p in parameters.values())
+            raise RuntimeError("asam: the first pass left no gradient: run() has to call the backward")
         if several() and not in_pieces and not self.per_rank:
             average([grad for _, grad, _ in moves])
         for parameter, grad in zip(parameters.values(), accumulated, strict=True):

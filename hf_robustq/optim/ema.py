@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from hf_robustq.sharded import assign, held, uses_deepspeed, values_kept, whole
+from hf_robustq.sharded import assign, held, settle, uses_deepspeed, values_kept, whole
 
 
 class EMA:
@@ -35,6 +35,7 @@ class EMA:
         self._applied = False
 
     def _parameters(self) -> dict[str, nn.Parameter]:
+        settle(self.model)
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()

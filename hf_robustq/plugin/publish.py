@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from hf_robustq import distributed
 from hf_robustq.reparam import SatNL, satnl
-from hf_robustq.sharded import assign, held, is_sharded, uses_deepspeed, values_kept, whole
+from hf_robustq.sharded import assign, held, is_sharded, settle, uses_deepspeed, values_kept, whole
 from hf_robustq.sites import Site
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ def differs(plugin: RobustQ) -> bool:
 def published(plugin: RobustQ) -> Iterator[None]:
     """See `RobustQ.published`. Local to every rank: SatNL works element by element."""
     pairs = [(site, stage) for site, stage in saturated(plugin) if stage.enabled]
+    settle(plugin.model)
+    publisher = vars(plugin.model).pop("hf_quantizer", None)  # what is saved now is as it should be
     with plugin.averaged(), values_kept(plugin.model, [held(site.parameter) for site, _ in pairs]):
         with torch.no_grad():
             for site, stage in pairs:
@@ -56,22 +58,22 @@ def published(plugin: RobustQ) -> Iterator[None]:
         finally:
             for _, stage in pairs:
                 stage.enabled = True
+            if publisher is not None:
+                plugin.model.hf_quantizer = publisher
 
 
 class Publisher(HfQuantizer):
-    """transformers asks it for the tensors to save: those of the published model, whatever it was given."""
+    """transformers asks it for the tensors to save: those of the published model, in place of any it was given."""
 
     def __init__(self, plugin: RobustQ) -> None:
         self.plugin = plugin
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         if any(is_sharded(parameter) for parameter in model.parameters()):
-            if not self.plugin.publishing:
-                raise RuntimeError(
-                    "the weights are in pieces, and the stored ones are not those to publish: gather and save them "
-                    "inside `with plugin.published():`, or by RobustTrainer.save_model()"
-                )
-            return None, {}
+            raise RuntimeError(
+                "the weights are in pieces, and the stored ones are not those to publish: gather and save them "
+                "inside `with plugin.published():`, or by RobustTrainer.save_model()"
+            )
         copies: dict[tuple[int, torch.Size], Tensor] = {}  # tied tensors stay tied
         with self.plugin.published():
             state = model.state_dict()
@@ -100,6 +102,7 @@ def save_state(plugin: RobustQ, folder: str | Path, write: bool) -> None:
     if not differs(plugin):
         return
     averages = {} if plugin.ema is None else plugin.ema.state()
+    settle(plugin.model)
     names = {*averages, *(site.name for site, _ in saturated(plugin))}
     tensors = {f"average.{name}": values for name, values in averages.items()}
     for name, parameter in plugin.model.named_parameters():

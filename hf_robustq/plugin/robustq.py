@@ -66,7 +66,6 @@ class RobustQ:
         self.edges = edges if config.first_last == 8 else {}
         self._attach()
         self.ema: EMA | None = None
-        self.publishing = False
         self.watch = FiniteWatch(model)
         self.calibrated = False
         self._training = Training(self)
@@ -301,15 +300,8 @@ class RobustQ:
         It computes the same. Afterwards it is as before, to the bit. Gather and save the tensors of a sharded
         model, or of one without `save_pretrained`, in here.
         """
-        if self.publishing:
-            yield
-            return
         with published(self):
-            self.publishing = True
-            try:
-                yield
-            finally:
-                self.publishing = False
+            yield
 
     # ---- afterwards ------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from torch import nn
 from hf_robustq.calibrate import stages, weight_probe
 from hf_robustq.quantizers import Moment, Oscillation, Quantizer
 from hf_robustq.regularizers import Regularizer
-from hf_robustq.reparam import network_weight
+from hf_robustq.reparam import network_weight, satnl
 from hf_robustq.schedules import SCHEDULES
 from hf_robustq.sharded import is_sharded, uses_deepspeed
 from hf_robustq.sites import Site
@@ -150,4 +150,5 @@ class Training:
             quantizer = site.weight_stages._modules.get("quantizer")
             if isinstance(quantizer, Quantizer):
                 quantizer.kept = None
-                quantizer.keep = keep and not is_sharded(site.parameter)
+                # What SatNL makes is another tensor at every read, not told from an older one in the same place.
+                quantizer.keep = keep and not is_sharded(site.parameter) and satnl(site) is None

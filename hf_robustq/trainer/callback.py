@@ -36,12 +36,12 @@ class RobustQCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if isinstance(kwargs.get("model"), torch.nn.DataParallel) or args.n_gpu > 1:
             raise ValueError(several_gpus(args.n_gpu))
-        if self.begin is not None:
-            self.begin()
         if not self.plugin.calibrated and self.calibrate is not None:
             self.calibrate()
         if not self.plugin.calibrated:
             raise RuntimeError("call plugin.calibrate(batches, forward) before trainer.train(), or use RobustTrainer")
+        if self.begin is not None:
+            self.begin()
         self.plugin.agree()
         self.plugin.check_optimizer(kwargs.get("optimizer"))
         self.plugin.watch.reset()

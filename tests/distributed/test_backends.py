@@ -97,6 +97,75 @@ def test_learned_steps_and_noise_equal_one_process(run, saved, config):
     assert all(rank["projected"] == pytest.approx(SMALLEST, rel=1e-3) for rank in (*one.ranks, *two.ranks))
 
 
+@pytest.mark.parametrize("config", BACKENDS)
+def test_satnl_and_symreg_equal_one_process(run, saved, config):
+    """Weights, sweep and the folder that is saved; wrapped while sharded, where the model comes so."""
+    one = run("single_gpu", "--satnl", "--save")
+    options = ("--model", saved) if config in SHARDED else ()
+    two = run(config, "--satnl", "--save", *options, lean=config == "fsdp2")
+    names = [name for name in one.state if name.endswith("satnl.d")]
+    assert names and all(float(one.state[name]) > 0 for name in names)
+    same_weights(one, two)
+    same_rows(one, two)
+    stored = [load_file(each.checkpoint / "robustq_state.safetensors") for each in (one, two)]
+    folded = load_file(one.checkpoint / "model.safetensors")
+    assert stored[0].keys() == stored[1].keys() == {f"stored.{n.removesuffix('_stages.satnl.d')}" for n in names}
+    for name, value in stored[0].items():
+        torch.testing.assert_close(stored[1][name], value, rtol=0, atol=1e-6)
+        own = name.removeprefix("stored.")
+        d = folded[f"{own}_stages.satnl.d"]
+        torch.testing.assert_close(folded[own], torch.tanh(value / d) * d, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", ["multi_cpu", "fsdp2"])
+def test_two_passes_and_averages_equal_one_process(run, config):
+    one, two = (run(each, "--satnl", "--asam", "--ema", "--save") for each in ("single_gpu", config))
+    same_weights(one, two)
+    same_rows(one, two)
+    plain = run("single_gpu", "--satnl", "--save")
+    name = next(name for name in one.state if name.endswith("proj.weight"))
+    assert float((plain.state[name] - one.state[name]).abs().max()) > 1e-4
+    states = [load_file(each.checkpoint / "robustq_state.safetensors") for each in (one, two)]
+    assert states[0].keys() == states[1].keys() and any(name.startswith("average.") for name in states[0])
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", ["multi_cpu", "fsdp2"])
+def test_two_passes_and_averages_resume_where_they_were(run, config):
+    options = ("--satnl", "--asam", "--ema", "--optim", "adamw_torch")
+    whole = run(config, *options, "--save")
+    same_weights(whole, run(config, *options, "--resume", str(whole.checkpoint)), atol=0)
+    same_weights(whole, run("single_gpu", *options, "--resume", str(whole.checkpoint)))
+
+
+def test_two_passes_with_accumulation_equal_one_process(run):
+    """Four micro-batches of two in one process; with two, each rank has half of each micro-batch."""
+    options = ("--satnl", "--asam", "--accumulate")
+    same_weights(run("single_gpu", *options, "2"), run("multi_cpu", *options, "2"))
+
+
+def test_each_rank_on_its_own_climbs_elsewhere(run):
+    """All ranks still end with the same weights; and not with those of a common climb."""
+    common, own = run("multi_cpu", "--satnl", "--asam", "--ema", "--save"), run("multi_cpu", "--satnl", "--per_rank")
+    assert len({rank["checksum"] for rank in own.ranks}) == 1
+    name = next(name for name in own.state if name.endswith("proj.weight"))
+    assert float((own.state[name] - common.state[name]).abs().max()) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ("zero2", ("--asam",), "asam: DeepSpeed takes the optimizer step inside the backward"),
+        ("zero3", ("--ema",), "ema: DeepSpeed keeps the weights to itself"),
+        ("fsdp2", ("--asam", "--accumulate", "2"), "asam: FSDP2 does not keep accumulated gradients apart"),
+    ],
+)
+def test_what_a_backend_cannot_do_is_refused(run, config, options, message):
+    with pytest.raises(RuntimeError, match=message):
+        run(config, *options)
+
+
 def test_a_joint_search_takes_the_same_way_on_every_rank(run):
     """Its figures are no other process count's to the last digit: a difference in rounding may send it elsewhere."""
     one, two = run("single_gpu", "--optim", "sgd", "--lapq"), run("fsdp2", "--optim", "sgd", "--lapq")

@@ -34,6 +34,12 @@ LEARNED = {
     "activations": {"method": "lsq", "bits": 8},
     "first_last": "same",
 }
+SATURATED = {
+    "satnl": {},
+    "regularizers": {"sym1": {"strength": 0.5}, "sym2": {}, "kure": {}},
+    "weights": {"method": "noise", "bits": 8},
+    "calibration_samples": 8,
+}
 SETTINGS = ["fp", "w4", "w3a4", "w3@kmeans/channel/bc", "w4a4@mse/asym/x0.9", "trained"]
 
 
@@ -66,6 +72,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plain", action="store_true", help="without the plugin")
     parser.add_argument("--stock", action="store_true", help="a stock Trainer with the callback")
     parser.add_argument("--learned", action="store_true", help="learned steps, noise, and a learning rate for them")
+    parser.add_argument("--satnl", action="store_true", help="SatNL, SymReg and KURE")
+    parser.add_argument("--asam", action="store_true", help="two passes a step")
+    parser.add_argument("--per_rank", action="store_true", help="two passes, the first of each rank on its own")
+    parser.add_argument("--ema", action="store_true", help="averages of the weights")
+    parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--memory", default="keep", help="of the config")
     parser.add_argument("--count", action="store_true", help="bytes that a step keeps for its backward")
     parser.add_argument("--disagree", action="store_true", help="another config on the last rank")
@@ -192,7 +203,8 @@ def main(options: argparse.Namespace) -> None:
     save = {"save_strategy": "steps", "save_steps": 2} if options.save else {"save_strategy": "no"}
     args = TrainingArguments(
         output_dir=str(out / "run"), report_to=[], use_cpu=not shards, disable_tqdm=True, max_steps=options.steps,
-        per_device_train_batch_size=8 // processes, per_device_eval_batch_size=4, optim=options.optim,
+        per_device_train_batch_size=8 // processes // options.accumulate, per_device_eval_batch_size=4,
+        gradient_accumulation_steps=options.accumulate, optim=options.optim,
         learning_rate=0.05 if options.optim == "sgd" else 1e-3, max_grad_norm=0.0, logging_steps=options.steps,
         eval_strategy="steps", eval_steps=options.steps, dataloader_pin_memory=False, **save,
     )  # fmt: skip
@@ -214,12 +226,18 @@ def main(options: argparse.Namespace) -> None:
     config = {**CONFIG, "weights": {"bits": 4 if options.disagree and rank == processes - 1 else 8}}
     if options.learned:
         config = {**LEARNED, "memory": options.memory}
+    if options.satnl:
+        config = SATURATED
     stock = options.plain or options.stock
     robust = {} if stock else {"sweep": SETTINGS, "scale_lr": 0.01 if options.learned else None}
     if options.lapq:
         robust |= {"sweep": [*SETTINGS, "w3a4@lapq"], "sweep_options": {"lapq_iterations": 1}}
     if not stock and not staged:
         robust["robustq"] = config
+    if options.asam or options.per_rank:
+        robust["asam"] = {"rho": 0.5, "per_rank": options.per_rank}
+    if options.ema:
+        robust["ema"] = {"decay": 0.5}
     trainer = (Trainer if stock else RobustTrainer)(
         model=model, args=args, train_dataset=Rows(tokens(batch=40)), eval_dataset=Rows(tokens(batch=options.rows)),
         compute_metrics=accuracy, preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1), **robust,
