@@ -21,6 +21,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_robustq.card import plot, table
 from hf_robustq.config import RobustQConfig, check_known
+from hf_robustq.plugin import RobustQ
+from hf_robustq.plugin.mark import PLUGIN
 from hf_robustq.sweep import DEFAULT_SETTINGS, Sweep
 
 
@@ -64,6 +66,8 @@ class ImageRun:
                 open_output(str(args.output_dir), recipe.resume, recipe.overwrite)
         set_seed(args.seed)
         self.train, self.evaluation, self.model, source = image_task(recipe, args.seed)
+        if PLUGIN in vars(self.model):  # a folder of ours: its weights in float, to be staged as this run says
+            RobustQ.of(self.model).detach()
         if args.process_index == 0:
             print(f"Preset: {recipe.preset}. Weights: {source}")
         if recipe.pretrain_epochs:
@@ -88,6 +92,8 @@ class ImageRun:
         args.output_dir = str(Path(str(args.output_dir)) / name)
         for key, value in changes.items():
             setattr(args, key, value)
+        if self.recipe.warmup_epochs:
+            args.warmup_steps = min(self.recipe.warmup_epochs / args.num_train_epochs, 0.999)  # a share of all steps
         trainer = RobustTrainer(
             model=model,
             args=args,
@@ -149,6 +155,7 @@ class ImageArguments:
     image_size: int | None = field(default=None, metadata={"help": "default: what the weights were trained with"})
     pretrain_epochs: float = field(default=0.0, metadata={"help": "first train in float, shared by the variants"})
     pretrain_learning_rate: float = 0.1
+    warmup_epochs: float = field(default=0.0, metadata={"help": "the learning rate rises from 0 for so many epochs"})
     lr_step_epochs: int | None = field(default=None, metadata={"help": "divide the learning rate by 10 every n epochs"})
     sweep: list[str] = field(default_factory=lambda: [setting.name for setting in DEFAULT_SETTINGS])
     fast_dtype: bool = field(default=False, metadata={"help": "bf16 where this machine is faster with it"})

@@ -1,4 +1,4 @@
-"""SatNL: a saturating nonlinearity between the stored weight and the network's (SymReg and SatNL, section 4.2)."""
+"""SatNL: a saturating nonlinearity between the stored weight and the network's (arXiv 2208.00338, section 4.2)."""
 
 from __future__ import annotations
 

@@ -36,11 +36,11 @@ ALLOWED = {
     "models": {"models"},
     "trainer": {"calibrate", "card", "config", "distributed", "optim", "plugin", "schedules", "sweep", "trainer"},
     "cli": {
-        "__version__", "analysis", "card", "cli", "config", "data", "hub", "metrics", "models", "plugin", "quantizers",
-        "recipe", "regularizers", "scales", "sweep", "trainer",
+        "__version__", "analysis", "card", "cli", "config", "data", "hub", "metrics", "models", "optim", "plugin",
+        "quantizers", "recipe", "regularizers", "reparam", "scales", "sweep", "trainer",
     },
     "analysis": {"analysis", "calibrate", "functional", "plugin", "reparam", "scales", "sharded", "sites", "sweep"},
-    "recipe": {"card", "config", "data", "metrics", "models", "sweep", "trainer"},
+    "recipe": {"card", "config", "data", "metrics", "models", "plugin", "sweep", "trainer"},
 }  # fmt: skip
 
 

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import Trainer
 
 from hf_robustq import RobustQConfig
 from hf_robustq.models import image_classifier
@@ -20,8 +22,9 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import kure_qat  # noqa: E402
 import kure_resnet50  # noqa: E402
 import noise_lsq_resnet  # noqa: E402
+import symreg_satnl  # noqa: E402
 
-RECIPES = {"kure": kure_resnet50, "qat": kure_qat, "noise_lsq": noise_lsq_resnet}
+RECIPES = {"kure": kure_resnet50, "qat": kure_qat, "noise_lsq": noise_lsq_resnet, "symreg_satnl": symreg_satnl}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -216,6 +219,71 @@ def test_the_recipe_of_training_with_quantizers_end_to_end_on_a_tiny_net(tmp_pat
     assert config["weights"]["method"] == method
     assert config["activations"]["method"] == ("lsq" if method == "noise" else method)
     assert config["regularizers"] and (tmp_path / "out" / "robustness.png").exists()
+
+
+# epochs, rate, weight decay, warm-up epochs, eta_min, ASAM's rho (Table 1A of the supplement)
+PAPER_SYMREG = {
+    "imagenet_resnet18": ("resnet18", 150, 0.4, 1e-5, 5, 1e-2, 1.0),
+    "imagenet_mobilenetv2": ("mobilenetv2_100", 150, 0.4, 1e-5, 5, 1e-2, 1.0),
+    "imagenet_mobilenetv3": ("mobilenetv3_large_100", 240, 0.4, 1e-5, 5, 1e-2, 0.2),
+    "imagenet_qat": (None, 90, 0.04, 1e-5, 5, 1e-3, 1.0),
+}
+
+
+@pytest.mark.parametrize("preset", PAPER_SYMREG)
+def test_symreg_presets_are_the_papers(preset, tmp_path):
+    model, epochs, rate, decay, warmup, eta_min, rho = PAPER_SYMREG[preset]
+    flags = ["--preset", preset, "--output_dir", str(tmp_path)]
+    recipe, args = parse(symreg_satnl.RecipeArguments, CONFIGS, "symreg_satnl", flags)
+    assert (args.num_train_epochs, args.learning_rate, args.weight_decay) == (epochs, rate, decay)
+    assert recipe.warmup_epochs == warmup and symreg_satnl.options(recipe, "ours")["asam"]["rho"] == rho
+    assert model is None or recipe.model_name_or_path == model
+    both, plain = (RobustQConfig.from_dict(symreg_satnl.stages(recipe, v)) for v in ("ours_kure", "baseline"))
+    assert [r.method for r in both.regularizers] == ["sym1", "kure"] and both.satnl.d == 1.0
+    assert plain.satnl is None and not plain.regularizers and "asam" not in symreg_satnl.options(recipe, "kure")
+    assert (both.weights is not None) == (preset == "imagenet_qat") == both.satnl.invert
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+    args.warmup_steps, args.eval_strategy = warmup / epochs, "no"  # as the run sets it
+    trainer = Trainer(model=torch.nn.Linear(1, 1), args=args, optimizers=(optimizer, None))
+    schedule, rates = trainer.create_scheduler(10 * epochs, optimizer), []
+    for _ in range(10 * epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == 0 and rates[10 * warmup] == rate == max(rates)
+    assert rates[5 * warmup] == pytest.approx(rate / 2) and rates[-1] == pytest.approx(eta_min, rel=0.01)
+    middle = 10 * warmup + (10 * epochs - 10 * warmup) // 2
+    assert rates[middle] == pytest.approx((rate + eta_min) / 2, rel=0.01)
+
+
+def test_the_symreg_recipe_and_its_second_stage_end_to_end_on_a_tiny_net(tmp_path):
+    """Four variants from scratch, the last with SatNL; then quantizers from its folder, whose network it starts as."""
+    small = ["--model_name_or_path", "test_resnet", "--max_steps", "3", "--eval_strategy", "no", "--output_dir", "out"]
+    flags = ["--variants", *symreg_satnl.VARIANTS, "--sweep", "fp", "w4"]
+    done = run(*small, *flags, cwd=tmp_path, recipe="symreg_satnl")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("| base", "| ours", "| kure"))]
+    assert len(rows) == 4 and all(len(re.findall(r"\d+\.\d\d", row)) == 2 for row in rows)
+    config = json.loads((tmp_path / "out" / "ours_kure" / "config.json").read_text())["quantization_config"]
+    assert config["satnl"] == {"function": "tanh", "d": 1.0, "invert": False}
+    second = [
+        "--model_name_or_path",
+        "out/ours_kure",
+        "--max_steps",
+        "2",
+        "--eval_strategy",
+        "no",
+        "--output_dir",
+        "qat",
+    ]
+    second += ["--weight_bits", "8", "--satnl_invert", "true", "--variants", "ours", "--learning_rate", "0"]
+    second += ["--warmup_epochs", "0", "--ema_decay", "0", "--sweep", "fp", "trained", "w4", "w4@learned"]
+    done = run(*second, cwd=tmp_path, recipe="symreg_satnl")
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = [tmp_path / folder / "robustq_sweep.json" for folder in ("out/ours_kure", "qat/ours")]
+    last = [json.loads(file.read_text())[-1]["rows"] for file in files]
+    figures = [{row["setting"]: row["metrics"]["accuracy"] for row in rows} for rows in last]
+    assert abs(figures[0]["fp"] - figures[1]["fp"]) < 0.3  # its batch norms went on for two steps
 
 
 def picture_folder(folder, size, rows=12):

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from hf_robustq.analysis import layer_sensitivity, output_divergence, sharpness
+from hf_robustq.optim import ASAM, EMA
 from hf_robustq.quantizers import LEARNED, QUANTIZERS, Quantizer
 from hf_robustq.regularizers import REGULARIZERS
+from hf_robustq.reparam import SatNL
 from hf_robustq.scales import CODEBOOK_RULES, SCALE_RULES
 from hf_robustq.sweep.batch_norm import reestimated
 from hf_robustq.sweep.lapq import lapq
@@ -33,6 +35,7 @@ TABLES: dict[str, dict[str, Any]] = {
     },
     "quantizers that train": QUANTIZERS,
     "regularizers": REGULARIZERS,
+    "around the weights and the optimizer": {"asam": ASAM, "ema": EMA, "satnl": SatNL},
     "analysis": {"sharpness": sharpness, "sensitivity": layer_sensitivity, "divergence": output_divergence},
 }
 

@@ -1,12 +1,15 @@
-"""torchvision's MobileNetV2 weights under timm's names.
+"""MobileNetV2: torchvision's weights under timm's names, and the network for CIFAR's images.
 
 Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", 2018, table 2: the two libraries
 build the same network; torchvision numbers its 17 blocks through, timm within the table's seven rows.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import create_model, generate_default_cfgs, register_model
+from torch import Tensor, nn
 
 BLOCKS_PER_STAGE = (1, 2, 3, 4, 3, 3, 1)
 # Within a block, torchvision -> timm. The first block has expansion 1, hence no expanding convolution.
@@ -51,3 +54,37 @@ def from_torchvision(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module, _, leaf = key.rpartition(".")
         renamed[f"{names[module]}.{leaf}"] = tensor
     return renamed
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "mobilenetv2_cifar": {
+            "url": "",
+            "num_classes": 100,
+            "input_size": (3, 32, 32),
+            "pool_size": (4, 4),
+            "crop_pct": 1.0,
+            "interpolation": "bilinear",
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "conv_stem",
+            "classifier": "classifier",
+        }
+    }
+)
+
+
+@register_model
+def mobilenetv2_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """timm's `mobilenetv2_100` for 32x32 images: the stem and the second row of table 2 keep the resolution (stride 1).
+
+    Choice: the papers that train it on CIFAR do not give their strides; these end at 4x4 as most public code does.
+    """
+    if pretrained:
+        raise ValueError("mobilenetv2_cifar has no trained weights: train it, or load a file with --weights")
+    kwargs = {name: value for name, value in kwargs.items() if not name.startswith("pretrained_cfg")}
+    model: Any = create_model("mobilenetv2_100", **{"num_classes": 100, **kwargs})
+    for convolution in (model.conv_stem, model.blocks[1][0].conv_dw):
+        convolution.stride = (1, 1)
+    model.pretrained_cfg = model.default_cfg = default_cfgs["mobilenetv2_cifar"].default.to_dict()
+    return model

@@ -1,4 +1,4 @@
-"""SymReg (Symmetry Regularization and Saturating Nonlinearity for Robust Quantization, ECCV 2022)."""
+"""SymReg (Symmetry Regularization and Saturating Nonlinearity for Robust Quantization, arXiv 2208.00338)."""
 
 from __future__ import annotations
 
