@@ -1,0 +1,126 @@
+"""What SatNL, SymReg and ASAM cost: float32 training steps of one network, interleaved in one process.
+
+    python benchmarks/robust_step.py [--sizes 64 224] [--accumulate 16] [--repeats 5] [--model resnet50] [--batch 16]
+
+A step is `--accumulate` micro-batches of `--batch` images and one optimizer step. Prints a Markdown table of medians of
+paired ratios to the float step, beside those of an equal float step, and writes them as JSON with --json FILE. "inside"
+is the time within the gradient of SymReg, as a share of the step.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from hf_robustq import ASAM, RobustQ
+from hf_robustq.regularizers import SymReg
+
+CASES = {
+    "float": {},
+    "float again": {},
+    "SatNL": {"satnl": {}},
+    "SymReg": {"regularizers": {"sym1": {}}},
+    "KURE": {"regularizers": {"kure": {}}},
+    "ASAM": {},
+    "SatNL, SymReg, ASAM": {"satnl": {}, "regularizers": {"sym1": {}}},
+}
+
+
+def prepare(
+    name: str, start: nn.Module, images: torch.Tensor, labels: torch.Tensor, accumulate: int
+) -> Callable[[], float]:
+    model = copy.deepcopy(start).train()
+    plugin = RobustQ(model, CASES[name])
+    plugin.calibrate([images[:2]], lambda model, x: model(x))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    twice = ASAM(model, rho=0.5) if "ASAM" in name else None
+
+    def once() -> torch.Tensor:
+        loss = nn.functional.cross_entropy(model(images), labels) / accumulate
+        loss.backward()
+        return loss.detach()
+
+    def step() -> float:
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for i in range(accumulate):
+            plugin.step(0.0, first=i == 0, accumulating=accumulate > 1)
+            twice(once) if twice else once()
+        optimizer.step()
+        optimizer.zero_grad()
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return step
+
+
+def inside_symreg(step: Callable[[], float]) -> float:
+    """The share of a step spent in the gradient of SymReg."""
+    spent, original = [], SymReg.gradient
+
+    def timed(self: SymReg, *args: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        start = time.perf_counter()
+        result = original(self, *args)
+        spent.append(time.perf_counter() - start)
+        return result
+
+    SymReg.gradient = timed
+    try:
+        whole = step()
+    finally:
+        SymReg.gradient = original
+    return sum(spent) / whole
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[64, 224])
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names = ["float", *(name for name in options.cases if name != "float")]
+    print(f"{options.model}, {options.accumulate} x {options.batch} images, float32, {device}\n")
+    print(f"| image | float ms | {' | '.join(names[1:])} | inside SymReg |\n|{'---|' * (len(names) + 2)}")
+    results = []
+    for size in options.sizes:
+        torch.manual_seed(0)
+        images = torch.randn(options.batch, 3, size, size, device=device)
+        labels = torch.randint(0, 10, (options.batch,), device=device)
+        start = timm.create_model(options.model, num_classes=10).to(device)
+        steps = {name: prepare(name, start, images, labels, options.accumulate) for name in names}
+        for step in steps.values():
+            step()
+            step()
+        turns = [{name: step() for name, step in steps.items()} for _ in range(options.repeats)]
+        plain = statistics.median(turn["float"] for turn in turns) * 1e3
+        ratios = {name: statistics.median(turn[name] / turn["float"] for turn in turns) for name in names[1:]}
+        share = inside_symreg(steps["SymReg"]) if "SymReg" in steps else 0.0
+        cells = " | ".join(f"{ratio:.3f}" for ratio in ratios.values())
+        print(f"| {size} | {plain:.1f} | {cells} | {share:.1%} |", flush=True)
+        results.append({"size": size, "float_ms": plain, "ratios": ratios, "inside_symreg": share})
+    if options.json:
+        facts = {"model": options.model, "batch": options.batch, "accumulate": options.accumulate, "device": device}
+        facts |= {"torch": torch.__version__, "machine": platform.processor()}
+        options.json.write_text(json.dumps({**facts, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
