@@ -339,3 +339,36 @@ def test_wrong_data_is_one_line(tmp_path):
     )
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and last.startswith("error: --label_column_name coarse") and "fine (ClassLabel)" in last
+
+
+def test_figures_of_the_second_paper_show_what_was_measured(tmp_path):
+    """The lines and bars of each panel are the figures in the files."""
+    import symreg_figures as figures
+
+    rows = [
+        {"model": f"outputs/{net}", "setting": setting, "weights": bits, "activations": a, "ratio": r, "accuracy": v}
+        for net, gain in (("plain", 0.0), ("ours", 0.1))
+        for setting, bits, a, r, v in (
+            ("fp", None, None, 1.0, 0.8),
+            ("w4", 4, None, 1.0, 0.7 + gain),
+            ("w4@mse/x0.8", 4, None, 0.8, 0.5 + gain),
+            ("w4@mse/bc", 4, None, 1.0, 0.1),
+            ("w4@log2", 4, None, 1.0, 0.6 + gain),
+            ("w3@log2", 3, None, 1.0, 0.2 + gain),
+            ("w3a3@log2", 3, 3, 1.0, 0.1),
+        )
+    ]
+    (panel,) = figures.ratios(rows).axes
+    assert panel.get_title() == "w4@mse"
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in panel.lines}
+    assert drawn["plain"] == [[0.8, 50], [1.0, 70]] and drawn["ours"][1] == pytest.approx([1.0, 80])
+    log2, _ = figures.bits(rows).axes
+    assert [line.get_xydata()[:, 0].tolist() for line in log2.lines] == [[3, 4], [3, 4]]
+    known = {"edges": [-1.0, 0.0, 2.0], "counts": [3, 5], "kurtosis": 3.0, "skewness": 0.0, "symmetry": 1.0}
+    settings = {"w8@aciq": {"divergence": {"a": 0.1, "b": 0.2}}}
+    analysis = {"statistics": {"net.layer1.conv.weight": known}, "settings": settings}
+    (panel,) = figures.histograms({"ours": analysis}, "layer1.conv").axes
+    assert [(bar.get_x(), bar.get_width(), bar.get_height()) for bar in panel.patches] == [(-1, 1, 3), (0, 2, 5)]
+    assert figures.divergence({"ours": analysis}).axes[0].lines[0].get_xydata().tolist() == [[1, 0.1], [2, 0.2]]
+    with pytest.raises(ValueError, match="layer7: 0 weights of ours end so"):
+        figures.histograms({"ours": analysis}, "layer7")
