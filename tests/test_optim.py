@@ -211,8 +211,10 @@ def test_a_plain_accelerate_loop():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, plain, parts = norms(), norms(), batches(4)
     asam = ASAM(model, rho=0.5)
-    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-    for batch in parts:
+    samples = torch.utils.data.TensorDataset(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    loader = torch.utils.data.DataLoader(samples, batch_size=6)
+    prepared, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), loader)
+    for batch in loader:
         with accelerator.accumulate(prepared):
 
             def once(batch=batch):
