@@ -92,7 +92,7 @@ class ImageRun:
         args.output_dir = str(Path(str(args.output_dir)) / name)
         for key, value in changes.items():
             setattr(args, key, value)
-        if self.recipe.warmup_epochs:
+        if self.recipe.warmup_epochs and not args.warmup_steps:
             args.warmup_steps = min(self.recipe.warmup_epochs / args.num_train_epochs, 0.999)  # a share of all steps
         trainer = RobustTrainer(
             model=model,

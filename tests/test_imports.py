@@ -23,7 +23,7 @@ ALLOWED = {
     "calibrate": {"grid", "quantizers", "reparam", "scales", "sharded", "sites"},
     "telemetry": {"functional", "quantizers", "regularizers", "reparam", "sharded", "sites"},
     "distributed": {"sharded"},
-    "optim": {"distributed", "functional", "optim", "sharded"},
+    "optim": {"distributed", "functional", "optim", "quantizers", "sharded"},
     "plugin": {
         "calibrate", "config", "distributed", "grid", "optim", "plugin", "quantizers", "regularizers", "reparam",
         "schedules", "sharded", "sites", "telemetry",

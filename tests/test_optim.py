@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -364,3 +365,70 @@ def test_the_plugin_publishes_averages(tmp_path):
     assert torch.equal(run(model, batch).logits, raw) and not torch.allclose(raw, expected, atol=1e-4)
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(run(loaded, batch).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lsq", "fixed", "noise"])
+def test_quantizers_see_the_weights_of_the_second_pass_under_accumulation(method):
+    """What they keep for all micro-batches of a step is that of the first pass: against quantizing at every read."""
+    ends = []
+    for accumulating in (True, False):
+        torch.manual_seed(0)
+        model, parts = resnet(), [images(batch=4), images(batch=3)]
+        plugin = RobustQ(model, {"weights": {"method": method, "bits": 4}})
+        plugin.calibrate(parts, run)
+        asam = ASAM(model, rho=2.0, exclude=plugin.own_parameters())
+        model.train()
+        for i, batch in enumerate(parts):
+            plugin.step(0.0, first=i == 0, index=0, accumulating=accumulating)
+
+            def once(batch=batch, model=model):
+                loss = run(model, batch).loss
+                loss.backward()
+                return loss.detach()
+
+            asam(once)
+        ends.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for name, grad in ends[0].items():
+        torch.testing.assert_close(grad, ends[1][name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("last", ["detach", "bake", "bake with inputs", "change_bits"])
+def test_what_ends_an_average_takes_it_for_the_weights(tmp_path, last):
+    torch.manual_seed(0)
+    model, batch = bert(), tokens(labels=3)
+    plugin = RobustQ(model, {"satnl": {}, "weights": {"method": "lsq", "bits": 4}})
+    plugin.calibrate([batch], run)
+    ema = plugin.average(0.5)
+    ema.start()
+    wander(model, 0)
+    plugin.after_optimizer_step()
+    ema.update()
+    model.eval()
+    with plugin.averaged():
+        plugin.enable(last != "detach")
+        for site in plugin.sites:
+            site.weight_stages.satnl.enabled = True
+        expected = run(model, batch).logits
+        plugin.enable(True)
+    if last == "change_bits":
+        plugin.change_bits(4, None)
+    elif last == "detach":
+        plugin.detach()
+    else:
+        plugin.bake(activations=last.endswith("inputs"))
+    torch.testing.assert_close(run(model, batch).logits, expected, rtol=1e-4, atol=1e-5)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    if last.startswith("bake"):
+        assert all(stored[site.name].unique().numel() <= 16 for site in plugin.sites)
+
+
+def test_a_failure_while_publishing_leaves_the_way_to_save_as_it_was(monkeypatch):
+    model = bert()
+    plugin = RobustQ(model, {"satnl": {}})
+    with pytest.raises(MemoryError), plugin.published():
+        raise MemoryError
+    monkeypatch.setattr("hf_robustq.plugin.publish.values_kept", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), plugin.published():
+        pass
+    assert model.hf_quantizer is not None and plugin.sites[0].weight_stages.satnl.enabled

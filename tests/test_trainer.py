@@ -743,6 +743,33 @@ def test_options_of_two_passes_and_averages_are_checked(tmp_path):
         build(asam={"rho": 0})
     with pytest.raises(ValueError, match="decay must be"):
         build(ema={"decay": 2})
+    model = bert()
+    for rho in (0, 1.0):  # corrected on the same model
+        with pytest.raises(ValueError, match="rho must be") if not rho else nullcontext():
+            RobustTrainer(model=model, args=arguments(tmp_path), train_dataset=text(), robustq=KURE, asam={"rho": rho})
+
+
+def test_a_stock_trainer_that_cannot_keep_the_stored_weights_is_refused(tmp_path):
+    model = bert()
+    plugin = RobustQ(model, {"satnl": {}, "calibration_samples": 8})
+    plugin.calibrate([tokens(labels=3)], lambda model, batch: model(**batch))
+    args = arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    for resume in (None, str(tmp_path / "checkpoint-1")):
+        trainer = Trainer(model=model, args=args, train_dataset=text(), callbacks=[RobustQCallback(plugin)])
+        with pytest.raises(ValueError, match="use RobustTrainer") if resume else nullcontext():
+            trainer.train(resume_from_checkpoint=resume)
+
+
+def test_a_checkpoint_of_an_older_config_goes_on(tmp_path):
+    """A key that came later is at its default there."""
+    args = arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=2)
+    RobustTrainer(model=bert(), args=args, train_dataset=text(), robustq=KURE, sweep=()).train()
+    file = tmp_path / "checkpoint-1" / "config.json"
+    saved = json.loads(file.read_text())
+    del saved["quantization_config"]["satnl"], saved["quantization_config"]["regularizers"][0]["every"]
+    file.write_text(json.dumps(saved))
+    again = RobustTrainer(model=bert(), args=args, train_dataset=text(), robustq=KURE, sweep=())
+    assert again.train(resume_from_checkpoint=str(file.parent)).global_step == 2
 
 
 def test_several_metrics_without_accuracy_are_all_logged(tmp_path, caplog):

@@ -13,11 +13,17 @@ import torch.distributed as dist
 from accelerate.state import GradientState
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from hf_robustq.distributed import several
 from hf_robustq.functional import chunks, fused, memory_order, working_dtype
+from hf_robustq.quantizers import Quantizer
 from hf_robustq.sharded import held, settle, uses_deepspeed, values_kept
+
+UNDER_DEEPSPEED = (
+    "asam: DeepSpeed takes the optimizer step inside the backward, so there is no second pass: "
+    "train with DDP or FSDP2, or leave asam out"
+)
 
 
 class ASAM:
@@ -69,11 +75,10 @@ class ASAM:
         settle(self.model)
         parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         if any(uses_deepspeed(p) for p in parameters.values()):
-            raise ValueError(
-                "asam: DeepSpeed takes the optimizer step inside the backward, so there is no second pass: "
-                "train with DDP or FSDP2, or leave asam out"
-            )
+            raise ValueError(UNDER_DEEPSPEED)
         in_pieces = any(isinstance(p, DTensor) for p in parameters.values())
+        if in_pieces and self.per_rank:
+            raise ValueError("asam: FSDP2 has no gradient of one rank: leave per_rank out")
         if in_pieces and not GradientState().sync_gradients:
             raise ValueError("asam: FSDP2 does not keep accumulated gradients apart: use larger batches, or DDP")
         accumulated = [p.grad for p in parameters.values()]
@@ -82,14 +87,18 @@ class ASAM:
         no_sync = getattr(wrapped, "no_sync", nullcontext)  # of DDP
         with no_sync():
             loss = run()
+        if all(p.grad is None for p in parameters.values()):
+            raise RuntimeError("asam: the first pass left no gradient: run() has to call the backward")
+        together = several() and not in_pieces and not self.per_rank
+        if together:  # a rank may have none for what it did not use
+            for parameter in parameters.values():
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         moves = [
             (held(p), held(p.grad), self.eta if self.adaptive and "weight" in name else None)
             for name, p in parameters.items()
             if p.grad is not None and name not in self.exclude
         ]
-        if not moves:
-            raise RuntimeError("asam: the first pass left no gradient: run() has to call the backward")
-        if several() and not in_pieces and not self.per_rank:
+        if together:
             average([grad for _, grad, _ in moves])
         for parameter, grad in zip(parameters.values(), accumulated, strict=True):
             parameter.grad = grad
@@ -137,15 +146,24 @@ def average(tensors: Sequence[Tensor]) -> None:
 
 @contextmanager
 def _still(model: nn.Module) -> Iterator[None]:
-    """Batch norms that normalise by the batch, as in training, and leave their running statistics alone."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    """Batch norms normalise by the batch, as in training, and leave their running statistics alone.
+
+    Quantizers work anew: what they keep for the next micro-batch is of the weights that have not moved.
+    """
+    modules = list(model.modules())
+    norms = [m for m in modules if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    kept = [(m, m.keep, m.kept) for m in modules if isinstance(m, Quantizer)]
     try:
         for norm in norms:
             norm.track_running_stats = False
+        for quantizer, _, _ in kept:
+            quantizer.keep, quantizer.kept = False, None
         yield
     finally:
         for norm in norms:
             norm.track_running_stats = True
+        for quantizer, keep, known in kept:
+            quantizer.keep, quantizer.kept = keep, known
 
 
 def _flat(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,19 +47,19 @@ def published(plugin: RobustQ) -> Iterator[None]:
     pairs = [(site, stage) for site, stage in saturated(plugin) if stage.enabled]
     settle(plugin.model)
     publisher = vars(plugin.model).pop("hf_quantizer", None)  # what is saved now is as it should be
-    with plugin.averaged(), values_kept(plugin.model, [held(site.parameter) for site, _ in pairs]):
-        with torch.no_grad():
-            for site, stage in pairs:
-                held(site.parameter).copy_(stage(held(site.parameter)))
-        try:
+    try:
+        with plugin.averaged(), values_kept(plugin.model, [held(site.parameter) for site, _ in pairs]):
+            with torch.no_grad():
+                for site, stage in pairs:
+                    held(site.parameter).copy_(stage(held(site.parameter)))
             for _, stage in pairs:
                 stage.enabled = False
             yield
-        finally:
-            for _, stage in pairs:
-                stage.enabled = True
-            if publisher is not None:
-                plugin.model.hf_quantizer = publisher
+    finally:
+        for _, stage in pairs:
+            stage.enabled = True
+        if publisher is not None:
+            plugin.model.hf_quantizer = publisher
 
 
 class Publisher(HfQuantizer):
@@ -74,11 +74,14 @@ class Publisher(HfQuantizer):
                 "the weights are in pieces, and the stored ones are not those to publish: gather and save them "
                 "inside `with plugin.published():`, or by RobustTrainer.save_model()"
             )
-        copies: dict[tuple[int, torch.Size], Tensor] = {}  # tied tensors stay tied
+        copies: dict[tuple[Any, ...], Tensor] = {}  # tied tensors stay tied
         with self.plugin.published():
             state = model.state_dict()
             for name, tensor in state.items():
-                state[name] = copies.setdefault((tensor.data_ptr(), tensor.shape), tensor.clone())
+                key = (tensor.data_ptr(), tensor.shape, tensor.dtype)
+                if key not in copies:
+                    copies[key] = tensor.clone()
+                state[name] = copies[key] if tensor.numel() else tensor
         return state, {}
 
     def is_serializable(self) -> bool:
@@ -112,6 +115,7 @@ def save_state(plugin: RobustQ, folder: str | Path, write: bool) -> None:
     if write:
         updates = 0 if plugin.ema is None else plugin.ema.updates
         tensors = {name: values.cpu().contiguous() for name, values in tensors.items()}
+        Path(folder).mkdir(parents=True, exist_ok=True)  # FSDP's sharded checkpoints come later
         save_file(tensors, Path(folder) / STATE, metadata={"updates": str(updates)})
 
 
@@ -124,6 +128,9 @@ def load_state(plugin: RobustQ, folder: str | Path) -> None:
     file = Path(folder) / STATE
     parameters = dict(plugin.model.named_parameters())
     stored = not any(is_sharded(p) or uses_deepspeed(p) for p in parameters.values())
+    if not file.is_file() and not any(Path(folder).glob("*.safetensors")):
+        logger.warning("%s holds no weights: those of now are kept", folder)
+        return
     if not file.is_file():
         if stored and saturated(plugin):
             logger.warning("%s has no %s: the stored weights are found from the network's", folder, STATE)

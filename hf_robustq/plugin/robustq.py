@@ -289,6 +289,14 @@ class RobustQ:
         mark(self)
         return self.ema
 
+    def _adopt_averages(self) -> None:
+        """The averages become the weights, for good."""
+        if self.ema is not None:
+            parameters = dict(self.model.named_parameters())
+            for name, average in self.ema.state().items():
+                assign(parameters[name], average)
+            self.ema = None
+
     def averaged(self) -> AbstractContextManager[None]:
         """The model with the averages of its weights, where there are some; afterwards as before, to the bit."""
         return nullcontext() if self.ema is None else self.ema.applied()
@@ -312,6 +320,7 @@ class RobustQ:
         own, with quantized weights. With `activations` these stay. Raises `RuntimeError` before calibration.
         """
         self.check_initialized()
+        self._adopt_averages()
         baked: set[int] = set()
         for site in self.sites:
             inputs, probe = dict(site.activation_stages.named_children()), weight_probe(site)
@@ -331,6 +340,7 @@ class RobustQ:
 
         Takes the place of this plugin, which is detached.
         """
+        self._adopt_averages()
         observed = {site.name: (weight_probe(site), input_probe(site)) for site in self.sites}
         bounds = {site.name: stage.d for site, stage in saturated(self)}
         self._take_off()
@@ -350,6 +360,7 @@ class RobustQ:
     def change_bits(self, weights: int | None, activations: int | None) -> None:
         """The quantizers it has, at other bits within their clip ranges; the edges' stay at 8, None changes nothing."""
         self.check_initialized()
+        self._adopt_averages()
         wanted = {"weight": weights, "input": activations}
         for quantizer in quantizers(self.sites):
             bits = wanted[quantizer.role]
@@ -408,8 +419,10 @@ class RobustQ:
     def detach(self) -> nn.Module:
         """Take every stage off; the identical parameters and classes are left. Returns the model.
 
-        The weights are the float network's: SatNL is folded into them.
+        The weights are the float network's: the averages, where there are some, and SatNL folded into them.
         """
+        settle(self.model)
+        self._adopt_averages()
         for site, _ in saturated(self):
             with network_weight(site) as weight:
                 values = weight.detach().clone()

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from hf_robustq.functional import memory_order, working_dtype
 from hf_robustq.regularizers.regularizer import Regularizer
 
+CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+
 
 def sort(x: Tensor) -> tuple[Tensor, Tensor]:
     """(values ascending, their places) of a 1-D tensor, as `torch.sort`.
@@ -52,8 +54,7 @@ class SymReg(Regularizer):
         self.depthwise = depthwise
 
     def refuses(self, module: nn.Module) -> str:
-        convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        if convolution and 1 < module.groups == module.in_channels and not self.depthwise:
+        if isinstance(module, CONVOLUTIONS) and 1 < module.groups == module.in_channels and not self.depthwise:
             return "depthwise (add depthwise: true)"
         return ""
 

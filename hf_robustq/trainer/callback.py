@@ -42,6 +42,11 @@ class RobustQCallback(TrainerCallback):
             raise RuntimeError("call plugin.calibrate(batches, forward) before trainer.train(), or use RobustTrainer")
         if self.begin is not None:
             self.begin()
+        elif differs(self.plugin) and (self.plugin.ema or state.global_step or args.load_best_model_at_end):
+            raise ValueError(
+                "with SatNL or averages a checkpoint holds other weights than the run goes on with, which a stock "
+                "Trainer does not know: use RobustTrainer, or RobustQMixin before your Trainer class"
+            )
         self.plugin.agree()
         self.plugin.check_optimizer(kwargs.get("optimizer"))
         self.plugin.watch.reset()

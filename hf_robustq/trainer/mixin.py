@@ -19,7 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_robustq.card import write_card
 from hf_robustq.config import RobustQConfig, check_known
 from hf_robustq.optim import ASAM, EMA
-from hf_robustq.optim.asam import check_optimizer
+from hf_robustq.optim.asam import UNDER_DEEPSPEED, check_optimizer
 from hf_robustq.plugin import RobustQ
 from hf_robustq.plugin.publish import load_state, save_state
 from hf_robustq.schedules import LR_SCHEDULES
@@ -88,7 +88,12 @@ class RobustQMixin(_AnyTrainer):
             raise ValueError("robustq belongs to another model: pass the model it was created with")
         if self.model_init is None:  # else `call_model_init` has created it
             self.robustq = given or self._stage(cast(nn.Module, self.model))
-            self._set_up()
+            try:
+                self._set_up()
+            except Exception:
+                if given is None:
+                    self.robustq.detach()
+                raise
         self.calibration_dataset = calibration_dataset
         self.robustq_callback = RobustQCallback(
             self.robustq, lambda: self._calibrate_once(wrapped=True), self.observe, self._begin
@@ -119,6 +124,8 @@ class RobustQMixin(_AnyTrainer):
     def _begin(self) -> None:
         """The model is wrapped and a checkpoint loaded: go on with what else it has, or begin."""
         if self.asam is not None:
+            if self.is_deepspeed_enabled:
+                raise ValueError(UNDER_DEEPSPEED)
             check_optimizer(self.optimizer)
         if self._resumed is not None:
             load_state(self.robustq, self._resumed)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hf_robustq.config import RobustQConfig
 from hf_robustq.distributed import differences
 from hf_robustq.plugin import METHOD, RobustQ
 
@@ -28,7 +29,7 @@ def check_config(checkpoint: Path, plugin: RobustQ) -> None:
     saved = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
     if saved.pop("quant_method", None) != METHOD:
         raise ValueError(f"{checkpoint} was written without RobustQ: load it as the model instead of resuming from it")
-    found = differences(saved, plugin.config.to_dict())
+    found = differences(RobustQConfig.from_dict(saved).to_dict(), plugin.config.to_dict())  # what it lacks is default
     if found:
         named = "; ".join(f"{key} is {theirs!r} there and {ours!r} here" for key, theirs, ours in found)
         raise ValueError(
