@@ -39,7 +39,7 @@ class RecipeArguments(ImageArguments):
     kure_target: float = 1.8
     weight_bits: int = field(default=0, metadata={"help": "train with LSQ at these bits; 0: in float"})
     activation_bits: int = 0
-    first_last: str = field(default="float", metadata={"help": "first and last layer: same, 8 or float"})
+    first_last: str = field(default="8", metadata={"help": "first and last layer: same, 8 or float"})
 
 
 def stages(recipe: RecipeArguments, variant: str) -> dict[str, Any]:
