@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_robustq.functional import chunks, fused, memory_order, no_autocast, working_dtype
+from hf_robustq.functional import chunks, flatten, fused, memory_order, no_autocast, unflatten, working_dtype
 from hf_robustq.sharded import whole
 from hf_robustq.sites import Site
 from hf_robustq.stage import Stage
@@ -62,18 +62,15 @@ class _Saturate(torch.autograd.Function):
         ctx.save_for_backward(v, d)
         ctx.function = function
         order = memory_order(v)
-        flat = v.permute(order)
-        w = _fused_saturate(flat.reshape(-1), d, function).view(flat.shape)
-        return w.permute(sorted(range(v.dim()), key=order.__getitem__))
+        return unflatten(_fused_saturate(flatten(v, order), d, function), v.shape, order)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         v, d = ctx.saved_tensors
         order = memory_order(v)
-        flat = v.permute(order)
         with no_autocast(v):
-            of_v = _fused_through(flat.reshape(-1), grad.permute(order).reshape(-1), d, ctx.function).view(flat.shape)
-        return of_v.permute(sorted(range(v.dim()), key=order.__getitem__)), None, None
+            of_v = _fused_through(flatten(v, order), flatten(grad, order), d, ctx.function)
+        return unflatten(of_v, v.shape, order), None, None
 
 
 class SatNL(Stage):

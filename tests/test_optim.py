@@ -313,7 +313,7 @@ def test_the_averages_are_in_place_meanwhile_and_the_weights_afterwards():
         raise KeyError
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
     other = EMA(model, decay=0.5)
-    other.restore(ema.state(), ema.updates)
+    other.load_state_dict(ema.state_dict())
     wander(model, 1)
     ema.update()
     other.update()

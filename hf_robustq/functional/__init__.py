@@ -3,7 +3,7 @@
 Everything here computes in float32 (float64 stays float64), whatever the dtype of its input.
 """
 
-from hf_robustq.functional.fused import CACHED, fused, memory_order, no_autocast, working_dtype
+from hf_robustq.functional.fused import CACHED, flatten, fused, memory_order, no_autocast, unflatten, working_dtype
 from hf_robustq.functional.moments import Scalar, central_moments, chunks, inner, kurtosis
 from hf_robustq.functional.noise import Noise, normal
 from hf_robustq.functional.quantize import SMALLEST, autocast_dtype, fake_quantize
@@ -17,11 +17,13 @@ __all__ = [
     "central_moments",
     "chunks",
     "fake_quantize",
+    "flatten",
     "fused",
     "inner",
     "kurtosis",
     "memory_order",
     "no_autocast",
     "normal",
+    "unflatten",
     "working_dtype",
 ]

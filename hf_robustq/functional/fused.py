@@ -69,3 +69,14 @@ def memory_order(x: Tensor) -> list[int]:
     if x.dim() in (4, 5) and not x.is_contiguous() and x.movedim(1, -1).is_contiguous():
         return [0, *range(2, x.dim()), 1]
     return list(range(x.dim()))
+
+
+def flatten(x: Tensor, order: list[int] | None = None) -> Tensor:
+    """[N] `x` in the order of its memory, or in another tensor's `memory_order`: a view where there is one."""
+    return x.permute(memory_order(x) if order is None else order).reshape(-1)
+
+
+def unflatten(flat: Tensor, shape: torch.Size, order: list[int]) -> Tensor:
+    """The inverse of `flatten`."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return flat.view([shape[i] for i in order]).permute(inverse)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_robustq.functional.fused import fused, memory_order, no_autocast, working_dtype
+from hf_robustq.functional.fused import fused, memory_order, no_autocast, unflatten, working_dtype
 from hf_robustq.functional.noise import Noise, moved_places, normal
 
 SMALL = 1 << 14
@@ -76,12 +76,6 @@ def _blocks(x: Tensor, order: list[int], axis: int | None) -> Tensor:
     return ordered.reshape(before, ordered.shape[at], after)
 
 
-def _unblock(blocks: Tensor, shape: torch.Size, order: list[int]) -> Tensor:
-    """The inverse of `_blocks`."""
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return blocks.view([shape[i] for i in order]).permute(inverse)
-
-
 def _along(axis: int | None) -> list[int]:
     """The shape in which steps broadcast over the blocks."""
     return [-1] if axis is None else [-1, 1]
@@ -118,7 +112,7 @@ class _FakeQuantize(torch.autograd.Function):
             along = {None: [-1], 0: [-1, 1, 1], 1: [1, 1, -1]}[axis]
         steps = scale.to(working_dtype(x)).reshape(along)
         offsets = None if offset is None else offset.to(steps.dtype).reshape(along)
-        return _unblock(_forward(blocks, steps, offsets, low, high, dtype, noise), x.shape, order)
+        return unflatten(_forward(blocks, steps, offsets, low, high, dtype, noise), x.shape, order)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -132,7 +126,7 @@ class _FakeQuantize(torch.autograd.Function):
             factor = (high.to(steps.dtype) * ctx.count).rsqrt()
             of_scale = (of_scale * factor).to(scale.dtype).view(scale.shape)
             of_offset = None if offset is None or of_offset is None else (of_offset * factor).view(offset.shape)
-        return _unblock(of_x, x.shape, order), of_scale, of_offset, *(None,) * 8
+        return unflatten(of_x, x.shape, order), of_scale, of_offset, *(None,) * 8
 
 
 def fake_quantize(

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from hf_robustq.distributed import several
-from hf_robustq.functional import chunks, fused, memory_order, working_dtype
+from hf_robustq.functional import chunks, flatten, fused, memory_order, working_dtype
 from hf_robustq.quantizers import Quantizer
 from hf_robustq.sharded import held, settle, uses_deepspeed, values_kept
 
@@ -169,7 +169,7 @@ def _still(model: nn.Module) -> Iterator[None]:
 def _flat(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one dimension, in the order of the weight's memory, whose view the first is where there can be one."""
     order = memory_order(weight)
-    return weight.permute(order).reshape(-1), grad.permute(order).reshape(-1)
+    return flatten(weight, order), flatten(grad, order)
 
 
 def _square_of(w: Tensor, g: Tensor, shift: float | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ class EMA:
         ema = EMA(model, 0.9999)
         for batch in loader: ...; optimizer.step(); ema.update()
         with ema.applied(): evaluate(model)
+        accelerator.register_for_checkpointing(ema)      # saved and loaded with the rest
 
     Raises `ValueError` for a decay that is not in [0, 1), and under DeepSpeed, which keeps the weights to itself.
     """
@@ -77,20 +79,20 @@ class EMA:
             finally:
                 self._applied = False
 
-    def state(self) -> dict[str, Tensor]:
-        """Whole averages, by parameter. A collective where they are sharded."""
+    def state_dict(self) -> dict[str, Any]:
+        """{"updates", "averages": whole, by parameter}. A collective where they are sharded."""
         found = {}
         for name, average in self.averages.items():
             with whole(average) as values:
                 found[name] = values.clone()
-        return found
+        return {"updates": self.updates, "averages": found}
 
-    def restore(self, averages: Mapping[str, Tensor], updates: int) -> None:
-        """Take over what `state` gave."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
         self.start()
         for name, average in self.averages.items():
-            assign(average, averages[name])
-        self.updates = updates
+            assign(average, state["averages"][name])
+        self.updates = state["updates"]
 
 
 def _dtype(parameter: Tensor) -> torch.dtype:

@@ -104,7 +104,7 @@ def save_state(plugin: RobustQ, folder: str | Path, write: bool) -> None:
     """The stored weights and the averages into a checkpoint; gathered on every rank, written by one (`write`)."""
     if not differs(plugin):
         return
-    averages = {} if plugin.ema is None else plugin.ema.state()
+    averages = {} if plugin.ema is None else plugin.ema.state_dict()["averages"]
     settle(plugin.model)
     names = {*averages, *(site.name for site, _ in saturated(plugin))}
     tensors = {f"average.{name}": values for name, values in averages.items()}
@@ -146,7 +146,10 @@ def load_state(plugin: RobustQ, folder: str | Path) -> None:
                 assign(parameters[parameter], tensors.get_tensor(name))
         if plugin.ema is not None:
             averages = {n.partition(".")[2]: tensors.get_tensor(n) for n in names if n.startswith("average.")}
-            plugin.ema.restore(averages, int(tensors.metadata()["updates"])) if averages else plugin.ema.start()
+            if averages:
+                plugin.ema.load_state_dict({"averages": averages, "updates": int(tensors.metadata()["updates"])})
+            else:
+                plugin.ema.start()
 
 
 def unfold(plugin: RobustQ, new: frozenset[str] = frozenset()) -> None:

@@ -293,7 +293,7 @@ class RobustQ:
         """The averages become the weights, for good."""
         if self.ema is not None:
             parameters = dict(self.model.named_parameters())
-            for name, average in self.ema.state().items():
+            for name, average in self.ema.state_dict()["averages"].items():
                 assign(parameters[name], average)
             self.ema = None
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_robustq.functional import central_moments, chunks, fused, kurtosis, memory_order, working_dtype
+from hf_robustq.functional import (
+    central_moments,
+    chunks,
+    flatten,
+    fused,
+    kurtosis,
+    memory_order,
+    unflatten,
+    working_dtype,
+)
 from hf_robustq.regularizers.regularizer import Regularizer
 
 
@@ -59,9 +68,8 @@ class KURE(Regularizer):
 
     def gradient(self, grad_output: Tensor, strength: Tensor, w: Tensor, *theta: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG002
         order = memory_order(w)
-        w, grad = w.permute(order), grad_output.permute(order)
-        added = _fused_add_gradient(w.reshape(-1), grad.reshape(-1), strength, self.target).view(w.shape)
-        return (added.permute(sorted(range(w.dim()), key=order.__getitem__)),)
+        added = _fused_add_gradient(flatten(w, order), flatten(grad_output, order), strength, self.target)
+        return (unflatten(added, w.shape, order),)
 
     def extra_repr(self) -> str:
         return f"target={self.target}"

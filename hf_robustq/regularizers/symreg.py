@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hf_robustq.functional import memory_order, working_dtype
+from hf_robustq.functional import flatten, memory_order, unflatten, working_dtype
 from hf_robustq.regularizers.regularizer import Regularizer
 
 CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -35,8 +35,8 @@ class SymReg(Regularizer):
     sym1   the mean over pairs of |w_(i) + w_(n+1-i)|
     sym2   the mean over quadruples of |w_(2i-1) + w_(2i) + w_(n-2i+1) + w_(n-2i+2)|
 
-    What is left in the middle (n mod 2 elements, or n mod 4) is one more group. The gradient of a group is the sign of
-    its sum, over the number of groups, for each of its elements.
+    What is left in the middle (n mod 2 elements, or n mod 4) is one more group, of one sum. The gradient of a group is
+    the sign of its sum, over the number of groups, for each of its elements.
 
     relative    divide by the mean |w|, as a constant
     depthwise   act on depthwise convolutions too, which have few weights to a filter
@@ -77,18 +77,17 @@ class SymReg(Regularizer):
 
     def penalty(self, w: Tensor, *theta: Tensor) -> Tensor:  # noqa: ARG002 (it learns nothing of its own)
         values = w.to(working_dtype(w)).flatten()
-        return self._sums(values.sort().values).abs().mean() / self._size(values.detach())
+        ascending = values.sort().values if values.requires_grad else sort(values)[0]
+        return self._sums(ascending).abs().mean() / self._size(values.detach())
 
     def gradient(self, grad_output: Tensor, strength: Tensor, w: Tensor, *theta: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ARG002
         order = memory_order(w)
-        w, grad = w.permute(order), grad_output.permute(order)
-        values = w.reshape(-1).to(working_dtype(w))
+        values = flatten(w, order).to(working_dtype(w))
         ascending, places = sort(values)
         sums = self._sums(ascending)
         slope = sums.sign_().mul_(strength / (sums.numel() * self._size(values)))
         slopes = torch.empty_like(values).scatter_(0, places, self._spread(slope, values.numel()))
-        added = grad + slopes.view(w.shape).to(grad.dtype)
-        return (added.permute(sorted(range(w.dim()), key=order.__getitem__)),)
+        return (grad_output + unflatten(slopes, w.shape, order).to(grad_output.dtype),)
 
     def extra_repr(self) -> str:
         return f"relative={self.relative}, depthwise={self.depthwise}"
