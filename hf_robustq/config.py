@@ -127,8 +127,8 @@ class RobustQConfig:
     activations          quantizer of the inputs of the same layers; None: float
     include, exclude     fnmatch patterns of parameter names
     weights_only         fnmatch patterns of weights whose layer's input stays float
-    first_last           first and last layer: "float" (not touched), 8 (quantized to 8 bits, not regularized),
-                         or "same" (like every other layer)
+    first_last           first and last layer: "float" (not touched), 8 (quantized to 8 bits, not regularized, no
+                         satnl), or "same" (like every other layer)
     embeddings           stage embedding tables too
     memory               "keep": quantized weights and inputs are kept for the backward; "recompute": it makes them
                          anew, which costs a quantization more and no memory (not together with gradient

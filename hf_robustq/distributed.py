@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,20 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
             data.copy_(as_bytes)
         else:
             dist.broadcast(data, src=0)
+
+
+@torch.no_grad()
+def average(tensors: Sequence[Tensor]) -> None:
+    """The mean over the ranks, in place, in one collective for each dtype."""
+    if not several():
+        return
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        some = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in some])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for tensor, values in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
+            tensor.copy_(values.view_as(tensor))
 
 
 def differences(ours: Any, theirs: Any, key: str = "") -> list[tuple[str, Any, Any]]:

@@ -16,14 +16,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_robustq.calibrate import own_buffers, stages
 from hf_robustq.config import QuantizerConfig, RobustQConfig
 from hf_robustq.plugin import METHOD, RobustQ
 from hf_robustq.plugin.mark import mark
-from hf_robustq.plugin.publish import unfold
+from hf_robustq.plugin.publish import FloatModel, unfold
 from hf_robustq.quantizers import LEARNED
 from hf_robustq.sharded import assign, whole_shape
 
@@ -64,7 +63,7 @@ class RobustQQuantizationConfig(QuantizationConfigMixin):
 
 
 @register_quantizer(METHOD)
-class RobustQHfQuantizer(HfQuantizer):
+class RobustQHfQuantizer(FloatModel):
     """Gives a model its stages before transformers loads the weights, and takes over what was loaded.
 
     The result is what it was before it was saved: the user's float model with stages, trainable, and no
@@ -139,17 +138,6 @@ class RobustQHfQuantizer(HfQuantizer):
         named = (*model.named_parameters(), *model.named_buffers())
         saved = model.state_dict().keys()
         return [(name, tensor) for name, tensor in named if name in own and name in saved]
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return True
 
 
 def from_pretrained(

@@ -27,6 +27,17 @@ def held(tensor: Tensor) -> Tensor:
     return tensor.to_local().data if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor).data
 
 
+def share_held(tensor: Tensor) -> float:
+    """1 over the number of ranks that hold the same piece: a sum over all ranks then counts every element once."""
+    if not dist.is_initialized():
+        return 1.0
+    pieces = 1
+    if isinstance(tensor, DTensor):
+        for dimension, placement in enumerate(tensor.placements):
+            pieces *= tensor.device_mesh.size(dimension) if placement.is_shard() else 1
+    return pieces / dist.get_world_size()
+
+
 def uses_deepspeed(parameter: Tensor) -> bool:
     """Whether DeepSpeed optimizes a parameter, by ZeRO of any stage."""
     return any(hasattr(parameter, name) for name in ("ds_id", "_hp_mapping", "_z3_optimizer"))

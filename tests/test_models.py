@@ -170,3 +170,19 @@ def test_mobilenet_v2_keys_are_checked() -> None:
     renamed = {key.replace("classifier.1", "head"): value for key, value in state.items()}
     with pytest.raises(ValueError, match=r"missing: classifier.1; unexpected: head\)"):
         from_torchvision(renamed)
+
+
+def test_mobilenet_v2_for_cifar_keeps_the_resolution_longer() -> None:
+    """(Channels, pixels) of the rows of table 2 of the paper; the weights are mobilenetv2_100's."""
+    model = timm.create_model("mobilenetv2_cifar").eval()
+    seen = []
+    for row in model.blocks:
+        row.register_forward_hook(lambda _, __, output: seen.append(tuple(output.shape[1:3])))
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 100)
+    assert seen == [(16, 32), (24, 32), (32, 16), (64, 8), (96, 8), (160, 4), (320, 4)]
+    shapes = {
+        name: value.shape for name, value in timm.create_model("mobilenetv2_100", num_classes=100).state_dict().items()
+    }
+    assert {name: value.shape for name, value in model.state_dict().items()} == shapes
+    with pytest.raises(ValueError, match="has no trained weights"):
+        timm.create_model("mobilenetv2_cifar", pretrained=True)

@@ -1,6 +1,8 @@
 """ASAM against its algorithm written out, EMA against torch's AveragedModel and timm's."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -134,32 +136,31 @@ def test_penalties_act_in_both_passes_and_noise_is_the_same_in_both():
     plugin = RobustQ(model, config)
     plugin.calibrate([batch], run)
     asam = ASAM(model, rho=0.5, exclude=plugin.own_parameters())
-    reads, passes = [], []
+    reads, passes, noisy = [], [], []
     model.train()
     site = plugin.sites[2]
+    fixed = site.parameter.detach().clone()
 
     def once():
         loss = run(model, batch).loss
         loss.backward()
         passes.append({name: p.detach().clone() for name, p in model.named_parameters()})
         reads.append(site.weight_stages.kure.active)
+        noisy.append(site.weight_stages.quantizer.quantize(fixed).detach())
         return loss.detach()
 
     plugin.step(0.0, first=True, index=0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     asam(once)
-    assert reads == [True, True]
+    assert reads == [True, True] and torch.equal(*noisy)
     own = plugin.own_parameters()
     assert own and all(torch.equal(passes[1][name], before[name]) for name in own)
     assert not torch.equal(passes[1][site.name], before[site.name])
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-    with torch.no_grad():  # the draws are a function of the moment: the difference of the two reads is the weight's
-        site.parameter.copy_(passes[1][site.name])
-        perturbed = site.weight_stages(site.parameter)
-        site.parameter.copy_(before[site.name])
-        first = site.weight_stages(site.parameter)
-        assert torch.equal(first, site.weight_stages(site.parameter)) and not torch.equal(first, perturbed)
+    model.zero_grad()
+    plugin.step(0.0, first=True, index=1)
+    asam(once)
+    assert torch.equal(noisy[2], noisy[3]) and not torch.equal(noisy[0], noisy[2])
 
 
 def test_a_pass_that_overflows_skips_the_step_as_a_whole():
@@ -253,6 +254,37 @@ def test_optimizers_that_step_elsewhere_are_refused():
         ASAM(model)(lambda: torch.zeros(()))
 
 
+def test_deepspeeds_engine_is_refused_at_every_stage():
+    class Engine(nn.Module):
+        def zero_optimization_stage(self):
+            return 0
+
+    with pytest.raises(ValueError, match="asam: DeepSpeed takes the optimizer step inside the backward"):
+        ASAM(norms())(lambda: pytest.fail("must not run"), Engine())
+
+
+def test_a_piece_that_several_ranks_hold_counts_once():
+    """Four ranks, two replicas of two shards; in a process of its own, whose other three ranks are not there."""
+    code = """
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from hf_robustq.sharded import share_held
+assert share_held(torch.zeros(4)) == 1
+dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+both, flat = init_device_mesh("cpu", (2, 2)), init_device_mesh("cpu", (4,))
+for mesh, how, share in ((both, (Replicate(), Shard(0)), 0.5), (both, (Shard(0), Shard(0)), 1.0),
+                         (flat, (Shard(0),), 1.0), (flat, (Replicate(),), 0.25)):
+    tensor = distribute_tensor(torch.ones(8), mesh, how, src_data_rank=None)
+    assert share_held(tensor) == share, (how, share_held(tensor))
+    assert tensor.to_local().numel() * 4 * share == 8
+assert share_held(torch.zeros(4)) == 0.25
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def wander(model, step):
     generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
@@ -318,6 +350,10 @@ def test_the_averages_are_in_place_meanwhile_and_the_weights_afterwards():
     ema.update()
     other.update()
     assert all(torch.equal(value, other.averages[name]) for name, value in ema.averages.items())
+    model[4].weight.requires_grad_(False)  # frozen since: it keeps its average
+    ema.update()
+    with ema.applied():
+        assert torch.equal(model[4].weight, ema.averages["4.weight"])
     with pytest.raises(ValueError, match="ema: decay"):
         EMA(model, decay=1.0)
 

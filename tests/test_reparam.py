@@ -100,6 +100,9 @@ def test_a_weight_beyond_d_is_refused_with_the_d_that_would_do():
 def test_a_tied_weight_is_refused():
     with pytest.raises(ValueError, match=r"satnl: .*wte.* is tied to .*lm_head.*exclude"):
         RobustQ(gpt2(), {"satnl": {}, "embeddings": True, "first_last": "same"})
+    one = torch.nn.Linear(4, 4)
+    plugin = RobustQ(torch.nn.ModuleList([one, one]), {"satnl": {}, "first_last": "same"})  # a module under two names
+    assert len(plugin.sites) == 1
     for options in ({"d": 0.0}, {"d": -1}, {"d": "big"}, {"function": "relu"}, {"dd": 1}):
         with pytest.raises(ValueError, match="satnl"):
             RobustQ(resnet(), {"satnl": options})

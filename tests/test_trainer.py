@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from hf_robustq import (
     BitWidthSweepCallback,
@@ -435,11 +435,19 @@ def test_mixin_on_seq2seq_trainer(tmp_path):
     assert "eval_w4_exact" in {key for log in trainer.state.log_history for key in log}
 
 
-def test_model_init_and_a_config(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"asam": {"rho": 0.5}, "ema": {"decay": 0.5}}])
+def test_model_init_and_a_config(tmp_path, options):
+    args = arguments(tmp_path)
     trainer = RobustTrainer(
-        model_init=lambda: bert(), args=arguments(tmp_path), train_dataset=text(), robustq=KURE, sweep=()
+        model_init=lambda: bert(), args=args, train_dataset=text(), robustq=KURE, sweep=(), **options
     )
     trainer.train()
+    set_seed(args.seed)
+    given = RobustTrainer(model=bert(), args=args, train_dataset=text(), robustq=KURE, sweep=(), **options)
+    given.train()
+    with trainer.robustq.averaged(), given.robustq.averaged():
+        for name, value in weights(given.model).items():
+            assert torch.equal(weights(trainer.model)[name], value), name
     assert trainer.robustq.model is trainer.model and trainer.robustq.calibrated
     assert trainer.robustq_callback.plugin is trainer.robustq
 
@@ -743,6 +751,13 @@ def test_options_of_two_passes_and_averages_are_checked(tmp_path):
         build(asam={"rho": 0})
     with pytest.raises(ValueError, match="decay must be"):
         build(ema={"decay": 2})
+    model = bert()
+    closing = RobustTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=text(), robustq=KURE, asam={"rho": 1.0},
+        optimizers=(torch.optim.LBFGS(model.parameters()), None),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="asam: LBFGS calls the model itself"):
+        closing.train()
     model = bert()
     for rho in (0, 1.0):  # corrected on the same model
         with pytest.raises(ValueError, match="rho must be") if not rho else nullcontext():

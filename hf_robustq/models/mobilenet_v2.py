@@ -7,9 +7,10 @@ build the same network; torchvision numbers its 17 blocks through, timm within t
 from collections.abc import Mapping
 from typing import Any
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import create_model, generate_default_cfgs, register_model
 from torch import Tensor, nn
+
+from hf_robustq.models.cifar import CIFAR
 
 BLOCKS_PER_STAGE = (1, 2, 3, 4, 3, 3, 1)
 # Within a block, torchvision -> timm. The first block has expansion 1, hence no expanding convolution.
@@ -56,22 +57,8 @@ def from_torchvision(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "mobilenetv2_cifar": {
-            "url": "",
-            "num_classes": 100,
-            "input_size": (3, 32, 32),
-            "pool_size": (4, 4),
-            "crop_pct": 1.0,
-            "interpolation": "bilinear",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "first_conv": "conv_stem",
-            "classifier": "classifier",
-        }
-    }
-)
+_CFG = {**CIFAR, "num_classes": 100, "pool_size": (4, 4), "first_conv": "conv_stem", "classifier": "classifier"}
+default_cfgs = generate_default_cfgs({"mobilenetv2_cifar": _CFG})
 
 
 @register_model

@@ -7,10 +7,11 @@ pooling, a linear classifier. Shortcuts are option A: subsample by 2, pad channe
 from typing import Any
 
 import torch.nn.functional as F
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.classifier import create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
+
+from hf_robustq.models.cifar import CIFAR
 
 WIDTHS = (16, 32, 64)
 
@@ -102,19 +103,7 @@ class ResNetCifar(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-_CFG = {
-    "url": "",
-    "num_classes": 10,
-    "input_size": (3, 32, 32),
-    "pool_size": (8, 8),
-    "crop_pct": 1.0,
-    "interpolation": "bilinear",
-    # Not the statistics of CIFAR: the public weights were trained with ImageNet's.
-    "mean": IMAGENET_DEFAULT_MEAN,
-    "std": IMAGENET_DEFAULT_STD,
-    "first_conv": "conv1",
-    "classifier": "linear",
-}
+_CFG = {**CIFAR, "pool_size": (8, 8), "first_conv": "conv1", "classifier": "linear"}
 default_cfgs = generate_default_cfgs({"resnet20_cifar": _CFG, "resnet56_cifar": _CFG})
 
 

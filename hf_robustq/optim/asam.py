@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from hf_robustq.distributed import several
+from hf_robustq.distributed import average, several
 from hf_robustq.functional import chunks, flatten, fused, memory_order, working_dtype
 from hf_robustq.quantizers import Quantizer
-from hf_robustq.sharded import held, settle, uses_deepspeed, values_kept
+from hf_robustq.sharded import held, settle, share_held, uses_deepspeed, values_kept
 
 UNDER_DEEPSPEED = (
     "asam: DeepSpeed takes the optimizer step inside the backward, so there is no second pass: "
@@ -74,7 +74,8 @@ class ASAM:
         """Both passes of one micro-batch by `run()`, a forward and a backward; `wrapped`: the model, as prepared."""
         settle(self.model)
         parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if any(uses_deepspeed(p) for p in parameters.values()):
+        engine = hasattr(wrapped, "zero_optimization_stage")
+        if engine or any(uses_deepspeed(p) for p in parameters.values()):
             raise ValueError(UNDER_DEEPSPEED)
         in_pieces = any(isinstance(p, DTensor) for p in parameters.values())
         if in_pieces and self.per_rank:
@@ -94,27 +95,27 @@ class ASAM:
             for parameter in parameters.values():
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         moves = [
-            (held(p), held(p.grad), self.eta if self.adaptive and "weight" in name else None)
+            (held(p), held(p.grad), self.eta if self.adaptive and "weight" in name else None, share_held(p))
             for name, p in parameters.items()
             if p.grad is not None and name not in self.exclude
         ]
         if together:
-            average([grad for _, grad, _ in moves])
+            average([grad for _, grad, *_ in moves])
         for parameter, grad in zip(parameters.values(), accumulated, strict=True):
             parameter.grad = grad
-        with values_kept(self.model, [weight for weight, _, _ in moves]), _still(self.model):
+        with values_kept(self.model, [weight for weight, *_ in moves]), _still(self.model):
             self._climb(moves, in_pieces)
             del moves
             run()
         return loss
 
     @torch.no_grad()
-    def _climb(self, moves: Sequence[tuple[Tensor, Tensor, float | None]], in_pieces: bool) -> None:
-        square = torch.stack([_square(*_flat(w, g), shift) for w, g, shift in moves]).sum()
+    def _climb(self, moves: Sequence[tuple[Tensor, Tensor, float | None, float]], in_pieces: bool) -> None:
+        square = torch.stack([_square(*_flat(w, g), shift) * share for w, g, shift, share in moves]).sum()
         if in_pieces:
             dist.all_reduce(square)
         factor = self.rho / (square.sqrt() + 1e-16)
-        for w, g, shift in moves:
+        for w, g, shift, _ in moves:
             flat, slope = _flat(w, g)
             _move(flat, slope, factor, shift)
             if flat.data_ptr() != w.data_ptr():  # a layout that has no flat view
@@ -130,18 +131,6 @@ def check_optimizer(optimizer: Any) -> None:
     if closes or kind.lower() in ("lomo", "adalomo") or "layerwise" in kind.lower():
         why = "calls the model itself" if closes else "steps inside the backward"
         raise ValueError(f"asam: {kind} {why}, which leaves no place for a second pass: use SGD or AdamW, say")
-
-
-@torch.no_grad()
-def average(tensors: Sequence[Tensor]) -> None:
-    """The mean over the ranks, in place, in one collective for each dtype."""
-    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-        some = [tensor for tensor in tensors if tensor.dtype == dtype]
-        flat = torch.cat([tensor.reshape(-1) for tensor in some])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for tensor, values in zip(some, flat.split([tensor.numel() for tensor in some]), strict=True):
-            tensor.copy_(values.view_as(tensor))
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from hf_robustq.sharded import assign, held, settle, uses_deepspeed, values_kept
 class EMA:
     """average <- decay_t * average + (1 - decay_t) * parameter, with decay_t = min(decay, (1 + t) / (10 + t)).
 
-    Of every trainable parameter, in float32, after each optimizer step; under FSDP2 of the pieces this rank holds.
-    Buffers, batch-norm statistics among them, are the model's own.
+    Of every parameter that is trainable at the start, in float32, after each optimizer step; under FSDP2 of the pieces
+    this rank holds. Buffers, batch-norm statistics among them, are the model's own.
 
         ema = EMA(model, 0.9999)
         for batch in loader: ...; optimizer.step(); ema.update()
@@ -38,12 +38,12 @@ class EMA:
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         settle(self.model)
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        return dict(self.model.named_parameters())
 
     @torch.no_grad()
     def start(self) -> None:
         """Begin with the weights as they are: after wrapping, before the first step. Else the first update does it."""
-        parameters = self._parameters()
+        parameters = {name: p for name, p in self._parameters().items() if p.requires_grad}
         if any(uses_deepspeed(p) for p in parameters.values()):
             raise ValueError("ema: DeepSpeed keeps the weights to itself: train with DDP or FSDP2, or leave ema out")
         self.averages = {name: p.detach().to(_dtype(p), copy=True) for name, p in parameters.items()}

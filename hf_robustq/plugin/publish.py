@@ -62,7 +62,26 @@ def published(plugin: RobustQ) -> Iterator[None]:
             plugin.model.hf_quantizer = publisher
 
 
-class Publisher(HfQuantizer):
+class FloatModel(HfQuantizer):
+    """To transformers the model is the float model that it is: trained, saved and compiled like any other."""
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class Publisher(FloatModel):
     """transformers asks it for the tensors to save: those of the published model, in place of any it was given."""
 
     def __init__(self, plugin: RobustQ) -> None:
@@ -83,21 +102,6 @@ class Publisher(HfQuantizer):
                     copies[key] = tensor.clone()
                 state[name] = copies[key] if tensor.numel() else tensor
         return state, {}
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_qat_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
 
 
 def save_state(plugin: RobustQ, folder: str | Path, write: bool) -> None:

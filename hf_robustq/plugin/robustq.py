@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Self
@@ -116,8 +116,9 @@ class RobustQ:
         if self.config.satnl is None:
             return
         owners: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(name)
+        for prefix, module in self.model.named_modules():  # each module once, under however many names
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                owners.setdefault(id(parameter), []).append(name)
         for site, _ in saturated(self):
             if len(names := owners[id(site.parameter)]) > 1:
                 raise ValueError(f"satnl: {names[0]} is tied to {names[1]}: add both to exclude, or drop satnl")
@@ -301,15 +302,13 @@ class RobustQ:
         """The model with the averages of its weights, where there are some; afterwards as before, to the bit."""
         return nullcontext() if self.ema is None else self.ema.applied()
 
-    @contextmanager
-    def published(self) -> Iterator[None]:
+    def published(self) -> AbstractContextManager[None]:
         """The model as a saved folder has it: averages in place of the weights, and SatNL's weights the stored ones.
 
         It computes the same. Afterwards it is as before, to the bit. Gather and save the tensors of a sharded
         model, or of one without `save_pretrained`, in here.
         """
-        with published(self):
-            yield
+        return published(self)
 
     # ---- afterwards ------------------------------------------------------------------------------
 

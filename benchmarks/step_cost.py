@@ -1,10 +1,11 @@
-"""What SatNL, SymReg and ASAM cost: float32 training steps of one network, interleaved in one process.
+"""What KURE, SymReg, SatNL and ASAM cost: float32 training steps of one network, interleaved in one process.
 
-    python benchmarks/robust_step.py [--sizes 64 224] [--accumulate 16] [--repeats 5] [--model resnet50] [--batch 16]
+    python benchmarks/step_cost.py [--sizes 64 224] [--accumulate 16] [--repeats 5] [--model resnet50] [--batch 16]
 
 A step is `--accumulate` micro-batches of `--batch` images and one optimizer step. Prints a Markdown table of medians of
-paired ratios to the float step, beside those of an equal float step, and writes them as JSON with --json FILE. "inside"
-is the time within the gradient of SymReg, as a share of the step.
+paired ratios to the step of the model without the plugin, beside those of an equal one, and writes them as JSON with
+--json FILE. "watch" is the look for non-finite weights that the callbacks add to a step; "inside" the time within the
+gradient of SymReg, as a share of the step.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -23,13 +25,14 @@ from torch import nn
 from hf_robustq import ASAM, RobustQ
 from hf_robustq.regularizers import SymReg
 
-CASES = {
-    "float": {},
-    "float again": {},
+CASES: dict[str, dict[str, Any] | None] = {
+    "float": None,
+    "float again": None,
     "SatNL": {"satnl": {}},
     "SymReg": {"regularizers": {"sym1": {}}},
     "KURE": {"regularizers": {"kure": {}}},
-    "ASAM": {},
+    "KURE, watch": {"regularizers": {"kure": {}}},
+    "ASAM": None,
     "SatNL, SymReg, ASAM": {"satnl": {}, "regularizers": {"sym1": {}}},
 }
 
@@ -38,8 +41,10 @@ def prepare(
     name: str, start: nn.Module, images: torch.Tensor, labels: torch.Tensor, accumulate: int
 ) -> Callable[[], float]:
     model = copy.deepcopy(start).train()
-    plugin = RobustQ(model, CASES[name])
-    plugin.calibrate([images[:2]], lambda model, x: model(x))
+    config = CASES[name]
+    plugin = None if config is None else RobustQ(model, config)
+    if plugin is not None:
+        plugin.calibrate([images[:2]], lambda model, x: model(x))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
     twice = ASAM(model, rho=0.5) if "ASAM" in name else None
 
@@ -53,8 +58,11 @@ def prepare(
             torch.cuda.synchronize()
         start = time.perf_counter()
         for i in range(accumulate):
-            plugin.step(0.0, first=i == 0, accumulating=accumulate > 1)
+            if plugin is not None:
+                plugin.step(0.0, first=i == 0, accumulating=accumulate > 1)
             twice(once) if twice else once()
+        if plugin is not None and "watch" in name:
+            plugin.watch.look(0)
         optimizer.step()
         optimizer.zero_grad()
         if images.is_cuda:
