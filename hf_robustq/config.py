@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -100,6 +100,11 @@ class RegularizerConfig:
         if self.every < 1:
             raise ValueError(f"{self.method}: every must be at least 1, got {self.every!r}")
 
+    def fits(self, weights: QuantizerConfig | None) -> bool:
+        """Whether it works on weights with this quantizer."""
+        known = REGULARIZERS[self.method].works_with
+        return not known or (weights is not None and weights.method in known)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SatNLConfig:
@@ -131,8 +136,8 @@ class RobustQConfig:
                          satnl), or "same" (like every other layer)
     embeddings           stage embedding tables too
     memory               "keep": quantized weights and inputs are kept for the backward; "recompute": it makes them
-                         anew, which costs a quantization more and no memory (not together with gradient
-                         checkpointing, whose work it undoes)
+                         anew, which costs a quantization more and no memory, but for what satnl gives (not
+                         together with gradient checkpointing, whose work it undoes)
     oscillations         "ignore"; "watch" weights that go back and forth between two levels; or "freeze" those that
                          do so more often than `freeze_above` (watching keeps 7 bytes a weight, freezing 12; one
                          process or DDP)
@@ -169,17 +174,28 @@ class RobustQConfig:
             raise ValueError(f"calibration_samples must be at least 1, got {self.calibration_samples!r}")
         if self.activations is not None and self.activations.per_channel:
             raise ValueError("activations are quantized per tensor: remove per_channel from activations")
-        quantizer = None if self.weights is None else QUANTIZERS[self.weights.method]
-        needing = [r.method for r in self.regularizers if REGULARIZERS[r.method].needs_quantizer]
-        if self.oscillations != "ignore":
-            needing.append("oscillations")
-        if needing and (quantizer is None or not quantizer.uniform):
-            raise ValueError(f"{needing[0]}: needs weights with a quantizer that rounds to steps, such as lsq")
+        for regularizer in self.regularizers:
+            if not regularizer.fits(self.weights):
+                known = " or ".join(REGULARIZERS[regularizer.method].works_with)
+                raise ValueError(f"{regularizer.method}: needs weights with method {known}")
+        if self.oscillations != "ignore" and (self.weights is None or not QUANTIZERS[self.weights.method].uniform):
+            raise ValueError("oscillations: needs weights with a quantizer that rounds to steps, such as lsq")
         if self.satnl is not None and self.oscillations == "freeze":
             raise ValueError("satnl: weights cannot be frozen on the levels beyond it: watch oscillations, or drop one")
         names = [regularizer.method for regularizer in self.regularizers]
         if len(set(names)) < len(names):
             raise ValueError(f"a regularizer is listed twice: {', '.join(names)}")
+
+    def requantized(self, weights: QuantizerConfig | None, activations: QuantizerConfig | None) -> Self:
+        """With other quantizers, and without what does not go with them."""
+        rounds = weights is not None and QUANTIZERS[weights.method].uniform
+        return replace(
+            self,
+            weights=weights,
+            activations=activations,
+            regularizers=tuple(one for one in self.regularizers if one.fits(weights)),
+            oscillations=self.oscillations if rounds else "ignore",
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

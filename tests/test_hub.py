@@ -378,6 +378,21 @@ def test_the_plugin_of_a_model_is_found_through_wrappers_and_gone_after_detach()
         RobustQ.of(model)
 
 
+@pytest.mark.parametrize("bits", ["trained", 4, None])
+def test_what_needs_a_quantizer_goes_with_it(tmp_path, bits):
+    batch = tokens(labels=3)
+    config = {"regularizers": {"damping": {}, "kure": {}}, "oscillations": "watch"}
+    plugin = RobustQ(bert(), {**config, "weights": {"method": "lsq", "bits": 4}})
+    plugin.calibrate([batch], run)
+    plugin.model.save_pretrained(tmp_path)
+    model = from_pretrained(AutoModelForSequenceClassification, tmp_path, bits=bits, trainable=True)
+    left = RobustQ.of(model).config
+    assert [one.method for one in left.regularizers] == (["kure"] if bits is None else ["damping", "kure"])
+    assert left.oscillations == ("ignore" if bits is None else "watch")
+    plugin.enable(bits is not None)
+    assert bits == 4 or torch.equal(logits(model), logits(plugin.model))
+
+
 def test_requantized_takes_the_place_of_the_plugin():
     model = bert()
     plugin = RobustQ(model, CONFIG)

@@ -118,10 +118,12 @@ def test_watching_changes_nothing_and_survives_a_checkpoint():
 
 
 def test_what_needs_steps_says_so():
-    for config in ({"oscillations": "watch"}, {"regularizers": {"damping": {}}}):
-        with pytest.raises(ValueError, match="needs weights with a quantizer that rounds to steps"):
+    steps = "oscillations: needs weights with a quantizer that rounds to steps"
+    methods = "damping: needs weights with method fixed or lsq or lsq_plus or noise"
+    for config, message in (({"oscillations": "watch"}, steps), ({"regularizers": {"damping": {}}}, methods)):
+        with pytest.raises(ValueError, match=message):
             RobustQ(nn.Linear(2, 2), config)
-        with pytest.raises(ValueError, match="needs weights with a quantizer that rounds to steps"):
+        with pytest.raises(ValueError, match=message):
             RobustQ(nn.Linear(2, 2), {**config, "weights": {"bits": 4, "method": "dorefa"}})
     with pytest.raises(ValueError, match="oscillations must be 'ignore', 'watch' or 'freeze'"):
         RobustQ(nn.Linear(2, 2), {"oscillations": "stop"})

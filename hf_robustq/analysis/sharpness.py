@@ -39,6 +39,8 @@ def sharpness(
              gradients; training leaves many weights of a low-bit network beside a threshold, so it takes little.
              "quantized": the quantized weights are moved, and stay where they have come to
 
+    The weights are those that would be published (`RobustQ.published`); the other analyses read those of now.
+
     Choice: the paper does not say which. Steps and other parameters of the quantizers stay, as does what is frozen. In
     evaluation mode; model and RNGs are left as they were. Raises `ValueError` for sharded weights.
     """

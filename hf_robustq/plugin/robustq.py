@@ -344,8 +344,9 @@ class RobustQ:
         bounds = {site.name: stage.d for site, stage in saturated(self)}
         self._take_off()
         as_stored = self.config.satnl and replace(self.config.satnl, invert=False)
-        plugin = RobustQ(self.model, replace(self.config, satnl=as_stored, weights=weights, activations=activations))
-        plugin.config = replace(plugin.config, satnl=self.config.satnl)
+        wanted = self.config.requantized(weights, activations)
+        plugin = RobustQ(self.model, replace(wanted, satnl=as_stored))
+        plugin.config = wanted
         mark(plugin)
         for site, stage in saturated(plugin):
             stage.d.copy_(bounds[site.name])

@@ -42,7 +42,7 @@ def weight_stages(config: RobustQConfig, site: Site, edges: Collection[str]) -> 
         axis = site.axis if config.weights.per_channel else None
         stages["quantizer"] = _quantizer(config.weights, site, edges, axis, "weight")
         for stage in stages.values():
-            if isinstance(stage, Regularizer) and stage.needs_quantizer:
+            if isinstance(stage, Regularizer) and stage.works_with:
                 object.__setattr__(stage, "quantizer", stages["quantizer"])
         if config.oscillations != "ignore":
             freeze = config.freeze_above if config.oscillations == "freeze" else None

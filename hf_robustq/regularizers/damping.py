@@ -17,7 +17,7 @@ class Damping(Regularizer):
     `strength` / the number of regularized weights here, and rises with `schedule: cosine`.
     """
 
-    needs_quantizer = True
+    works_with = ("fixed", "lsq", "lsq_plus", "noise")
 
     def parts(self, w: Tensor) -> tuple[Tensor, Tensor]:
         """(Q(w), the clamped w), each of the shape of `w`, in float32 or better."""

@@ -42,8 +42,8 @@ class Regularizer(Stage, ABC):
     active     True on the first micro-batch of an optimizer step, which carries the whole penalty
     """
 
-    needs_quantizer = False
-    """Whether the penalty depends on the quantizer of the same weight, which is then its `quantizer`."""
+    works_with: tuple[str, ...] = ()
+    """Methods of `QUANTIZERS`, one of which the weight must have; it is then the stage's `quantizer`. Empty: none."""
 
     quantizer: Any = None
     strength: Tensor
