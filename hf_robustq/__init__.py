@@ -7,11 +7,12 @@ from hf_robustq.grid import Grid
 from hf_robustq.hub import from_pretrained
 from hf_robustq.optim import ASAM, EMA
 from hf_robustq.plugin import RobustQ
-from hf_robustq.quantizers import LSQ, QUANTIZERS, DoReFa, Fixed, LSQPlus, NoiseTempered, Quantizer
-from hf_robustq.regularizers import KURE, REGULARIZERS, Damping, Regularizer, SymReg, SymReg2
+from hf_robustq.quantizers import LSQ, QUANTIZERS, Absmax, DoReFa, Fixed, LSQPlus, NoiseTempered, Quantizer
+from hf_robustq.regularizers import KURE, REGULARIZERS, Damping, Regularizer, SymReg, SymReg2, WaveQ
 from hf_robustq.reparam import SatNL
 from hf_robustq.scales import SCALE_RULES, Sample
 from hf_robustq.sites import Site, find_sites
+from hf_robustq.size import Size
 from hf_robustq.sweep import Row, Setting, Sweep, robustness, sweep
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "QUANTIZERS",
     "REGULARIZERS",
     "SCALE_RULES",
+    "Absmax",
     "BitWidthSweepCallback",
     "Damping",
     "DoReFa",
@@ -49,9 +51,11 @@ __all__ = [
     "SatNLConfig",
     "Setting",
     "Site",
+    "Size",
     "Sweep",
     "SymReg",
     "SymReg2",
+    "WaveQ",
     "find_sites",
     "from_pretrained",
     "robustness",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,8 +18,10 @@ from hf_robustq.reparam import network_weight
 from hf_robustq.scales import Sample
 from hf_robustq.sharded import whole_shape
 from hf_robustq.sites import Site
+from hf_robustq.stage import Stage
 
 Forward = Callable[[nn.Module, Any], Any]
+TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 @contextmanager
@@ -70,14 +73,14 @@ def float_model(sites: Sequence[Site]) -> Iterator[None]:
                 stage.off()
 
 
-def stages(sites: Sequence[Site]) -> Iterator[nn.Module]:
+def stages(sites: Sequence[Site]) -> Iterator[Stage]:
     """Every stage of every site, each once."""
     seen: set[int] = set()
     for site in sites:
         for stage in (*site.weight_stages, *site.activation_stages):
             if id(stage) not in seen:
                 seen.add(id(stage))
-                yield stage
+                yield cast(Stage, stage)
 
 
 def own_buffers(model: nn.Module, sites: Sequence[Site]) -> list[str]:
@@ -105,15 +108,49 @@ def input_probe(site: Site) -> InputProbe | CallProbe:
     return site.activation_stages.get_submodule("probe")  # type: ignore[return-value]
 
 
+def rows(batch: Any) -> int:
+    """The samples in a batch: the leading dimension of its first tensor; 1 where it has none."""
+    if isinstance(batch, torch.Tensor):
+        return batch.size(0) if batch.dim() else 1
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+    return next((rows(value) for value in values), 1)
+
+
+@contextmanager
+def _counting_products(sites: Sequence[Site], totals: dict[int, float]) -> Iterator[None]:
+    """Add up the multiply-accumulates with each weight, by the `id` of its probe."""
+
+    def count(site: Site, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        result = output[0] if isinstance(output, tuple) else output
+        if isinstance(module, nn.Embedding) or not isinstance(result, torch.Tensor):
+            return
+        transposed = isinstance(module, TRANSPOSED) and inputs
+        places = inputs[0].numel() / module.in_channels if transposed else result.numel() / _width(site, module)
+        key = id(weight_probe(site))
+        totals[key] = totals.get(key, 0.0) + places * site.shape.numel()
+
+    hooks = [site.module.register_forward_hook(partial(count, site)) for site in sites]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _width(site: Site, module: nn.Module) -> int:
+    """Elements of the output at one place."""
+    return module.embed_dim if isinstance(module, nn.MultiheadAttention) else site.shape[site.axis]
+
+
 def observe(model: nn.Module, sites: Sequence[Site], batches: Iterable[Any], forward: Forward) -> int:
     """Run the float model on `batches`; every probe counts its calls, input probes collect their input.
 
-    Returns the number of batches. Raises `ValueError` for no batch and for a non-finite input (with the
-    site's name).
+    Writes each weight's multiply-accumulates for one sample into its probe. Returns the number of batches. Raises
+    `ValueError` for no batch and for a non-finite input (with the site's name).
     """
     probes = [stage for stage in stages(sites) if isinstance(stage, Probe)]
-    count = 0
-    with undisturbed(model), float_model(sites):
+    count, samples, products = 0, 0, {}
+    with undisturbed(model), float_model(sites), _counting_products(sites, products):
         for probe in probes:
             probe.forget()
             probe.mode = "observe"
@@ -127,8 +164,11 @@ def observe(model: nn.Module, sites: Sequence[Site], batches: Iterable[Any], for
                     )
                 raise
             count += 1
+            samples += rows(batch)
     if count == 0:
         raise ValueError("the calibration set is empty: give at least one batch of training data")
+    for site in sites:
+        weight_probe(site).macs.fill_(products.get(id(weight_probe(site)), 0.0) / max(samples, 1))
     return count
 
 

@@ -128,6 +128,8 @@ class RobustQConfig:
 
     satnl                a saturating nonlinearity on every weight; None: none
     regularizers         penalties on the weights, in order
+    budget               of bits that WaveQ learns, one of {"bits": 4} (their mean), {"megabytes": 10} and
+                         {"bit_operations": 1e9} (of the whole model, the latter for one sample)
     weights              quantizer of the weights in training; None: they train in float
     activations          quantizer of the inputs of the same layers; None: float
     include, exclude     fnmatch patterns of parameter names
@@ -147,6 +149,7 @@ class RobustQConfig:
 
     satnl: SatNLConfig | None = None
     regularizers: tuple[RegularizerConfig, ...] = ()
+    budget: Mapping[str, float] | None = None
     weights: QuantizerConfig | None = None
     activations: QuantizerConfig | None = None
     include: tuple[str, ...] = ("*",)
@@ -180,20 +183,35 @@ class RobustQConfig:
                 raise ValueError(f"{regularizer.method}: needs weights with method {known}")
         if self.oscillations != "ignore" and (self.weights is None or not QUANTIZERS[self.weights.method].uniform):
             raise ValueError("oscillations: needs weights with a quantizer that rounds to steps, such as lsq")
+        if self.budget is not None:
+            self._check_budget()
         if self.satnl is not None and self.oscillations == "freeze":
             raise ValueError("satnl: weights cannot be frozen on the levels beyond it: watch oscillations, or drop one")
         names = [regularizer.method for regularizer in self.regularizers]
         if len(set(names)) < len(names):
             raise ValueError(f"a regularizer is listed twice: {', '.join(names)}")
 
+    def _check_budget(self) -> None:
+        check_known(self.budget or {}, ("bits", "megabytes", "bit_operations"), "measure of budget")
+        values = list((self.budget or {}).values())
+        number = all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < math.inf for v in values)
+        if len(values) != 1 or not number:
+            raise ValueError(
+                f"budget: one of bits, megabytes, bit_operations and a positive number, got {self.budget!r}"
+            )
+        if not any(one.method == "waveq" and one.options.get("learn", True) for one in self.regularizers):
+            raise ValueError("budget: bits are learned by the regularizer waveq: add it")
+
     def requantized(self, weights: QuantizerConfig | None, activations: QuantizerConfig | None) -> Self:
         """With other quantizers, and without what does not go with them."""
+        left = tuple(one for one in self.regularizers if one.fits(weights))
         rounds = weights is not None and QUANTIZERS[weights.method].uniform
         return replace(
             self,
             weights=weights,
             activations=activations,
-            regularizers=tuple(one for one in self.regularizers if one.fits(weights)),
+            regularizers=left,
+            budget=self.budget if any(one.method == "waveq" for one in left) else None,
             oscillations=self.oscillations if rounds else "ignore",
         )
 

@@ -37,6 +37,11 @@ def cosine_decay(progress: float) -> float:
     return 1.0 - cosine(progress)
 
 
+def rise(time: float, at: float, smoothness: float) -> float:
+    """From 0 to 1 about `at`: (1 + tanh((time - at) / smoothness)) / 2 (WaveQ, Fig. 8)."""
+    return (1.0 + math.tanh((time - at) / smoothness)) / 2.0
+
+
 SCHEDULES: dict[str, Schedule] = {
     "constant": constant,
     "linear": linear,

@@ -84,15 +84,29 @@ def values_kept(model: nn.Module, pieces: Sequence[Tensor]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def clamp_local(tensor: Tensor, low: float) -> None:
-    """Clamp the values from below, in the pieces this rank holds and in DeepSpeed's float32 master of them."""
-    held(tensor).clamp_(min=low)
+def clamp_local(tensor: Tensor, low: float, high: float | None = None) -> None:
+    """Clamp the values, in the pieces this rank holds and in DeepSpeed's float32 master of them."""
+    held(tensor).clamp_(low, high)
     if hasattr(tensor, "_z3_optimizer"):
         from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 
-        safe_set_local_fp32_param(tensor, safe_get_local_fp32_param(tensor).clamp(min=low))
+        safe_set_local_fp32_param(tensor, safe_get_local_fp32_param(tensor).clamp(low, high))
     elif (mapping := getattr(tensor, "_hp_mapping", None)) is not None:
-        mapping.hp_fragment.clamp_(min=low)
+        mapping.hp_fragment.clamp_(low, high)
+
+
+@torch.no_grad()
+def single_values(parameters: Sequence[Tensor]) -> Tensor:
+    """[n] the values of parameters of one element each, on every rank; one collective where they are in pieces."""
+    pieces = []
+    for parameter in parameters:
+        piece = held(parameter)
+        mine = piece.numel() > 0 and (not hasattr(parameter, "ds_id") or dist.get_rank() == 0)
+        pieces.append(piece.reshape(-1)[:1].float() if mine else piece.new_full((1,), -torch.inf, dtype=torch.float32))
+    values = torch.cat(pieces)
+    if any(is_sharded(parameter) for parameter in parameters):
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
 
 
 @torch.no_grad()

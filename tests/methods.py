@@ -2,9 +2,12 @@
 
 import functools
 
-from hf_robustq import KURE, LSQ, Damping, DoReFa, Fixed, Grid, LSQPlus, NoiseTempered, SymReg, SymReg2
+import torch
+
+from hf_robustq import KURE, LSQ, Absmax, Damping, DoReFa, Fixed, Grid, LSQPlus, NoiseTempered, SymReg, SymReg2, WaveQ
 
 QUANTIZERS = {
+    "absmax": Absmax,
     "fixed": Fixed,
     "dorefa": DoReFa,
     "dorefa rescaled": functools.partial(DoReFa, rescale=True),
@@ -22,10 +25,24 @@ def damping():
     return stage
 
 
+def waveq(method="absmax", beta=3.3, **options):
+    """Bound to a quantizer, at a beta that need not be whole."""
+    kind = {"absmax": Absmax, "dorefa": DoReFa}[method]
+    quantizer = kind(Grid(bits=8, narrow=kind.narrow))
+    stage = WaveQ(**options)
+    stage.bind(quantizer)
+    with torch.no_grad():
+        stage.beta.fill_(beta)
+        quantizer.follow(torch.tensor(beta))
+    return stage
+
+
 REGULARIZERS = {
     "damping": damping,
     "kure": lambda: KURE(),
     "kure at 3": lambda: KURE(target=3.0),
     "sym1": lambda: SymReg(),
     "sym2": lambda: SymReg2(),
+    "waveq": waveq,
+    "waveq on dorefa": functools.partial(waveq, "dorefa"),
 }

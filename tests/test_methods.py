@@ -45,7 +45,7 @@ def test_quantizer_keeps_dtype_and_its_own_precision(quantizer):
 
 
 def test_disabled_quantizer_is_identity(quantizer):
-    stage = quantizer(Grid(bits=2))
+    stage = quantizer(Grid(bits=2, narrow=True))
     stage.enabled = False
     x = torch.randn(10)
     assert stage(x) is x
@@ -76,6 +76,8 @@ def test_gradient_is_the_penaltys(regularizer, shape, memory_format):
 
 
 def test_penalty_passes_gradcheck(regularizer):
+    if isinstance(regularizer, r.WaveQ):
+        pytest.skip("max|w| is a constant to its gradient, not to a difference quotient")
     w = torch.randn(3, 7, dtype=torch.double, requires_grad=True)
     theta = [p.detach().double().requires_grad_() for p in regularizer.parameters()]
     assert torch.autograd.gradcheck(regularizer.penalty, (w, *theta))
@@ -103,4 +105,11 @@ def test_regularizer_does_nothing_when_it_should_not(regularizer, how):
     regularizer.active = how != "inactive"
     w = nn.Parameter(torch.randn(10))
     with torch.set_grad_enabled(how != "no_grad"):
-        assert regularizer(w) is w
+        out = regularizer(w)
+    learned = list(regularizer.parameters())
+    if how != "inactive" or not learned:
+        assert out is w
+    else:  # what is learned has a gradient at every step: none
+        upstream = torch.randn(10)
+        of_w, *rest = torch.autograd.grad(out, [w, *learned], upstream)
+        assert torch.equal(out, w) and torch.equal(of_w, upstream) and not any(g.any() for g in rest)

@@ -11,7 +11,8 @@ import torch
 from hf_robustq import Grid, RobustQ, Sample
 from hf_robustq.functional import Noise, fake_quantize, normal
 from hf_robustq.functional import quantize as kernels
-from hf_robustq.quantizers import LSQ, DoReFa, LSQPlus, Moment, NoiseTempered
+from hf_robustq.quantizers import LSQ, DoReFa, LSQPlus, NoiseTempered
+from hf_robustq.stage import Moment
 
 
 def slow_lsq(x, scale, offset, low, high, grad, count):

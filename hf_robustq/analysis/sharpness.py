@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_robustq.calibrate import switches_kept, undisturbed
 from hf_robustq.plugin import RobustQ
-from hf_robustq.plugin.training import quantizers
+from hf_robustq.plugin.stages import quantizers
 from hf_robustq.sharded import is_sharded
 
 Loss = Callable[[Any, Any], Tensor]

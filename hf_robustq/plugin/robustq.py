@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -17,19 +17,32 @@ from hf_robustq import distributed
 from hf_robustq.calibrate import Forward, input_probe, weight_probe
 from hf_robustq.config import QuantizerConfig, RobustQConfig
 from hf_robustq.optim import EMA
+from hf_robustq.plugin.bits import LearnedBits
 from hf_robustq.plugin.mark import PLUGIN, mark, refuse_quantized, unmark
 from hf_robustq.plugin.publish import published, saturated, unfold
-from hf_robustq.plugin.stages import activation_stages, float_input, weight_stages
+from hf_robustq.plugin.stages import (
+    activation_stages,
+    carriers,
+    float_input,
+    own_parameters,
+    quantizers,
+    weight_stages,
+)
 from hf_robustq.plugin.table import table
-from hf_robustq.plugin.training import Training, carriers, own_parameters, quantizers
-from hf_robustq.quantizers import InputProbe, Quantizer
+from hf_robustq.plugin.training import Training
+from hf_robustq.quantizers import Quantizer
 from hf_robustq.regularizers import REGULARIZERS
 from hf_robustq.reparam import network_weight
 from hf_robustq.sharded import assign, is_sharded, settle, whole_shape
 from hf_robustq.sites import LeftOut, Site, attach, bake, detach, find_sites, refuse_wrapped
+from hf_robustq.size import Size, size
+from hf_robustq.stage import Stage
 from hf_robustq.telemetry import FiniteWatch, means, site_quantization
 
 logger = logging.getLogger(__name__)
+
+BITS_LR = 0.01
+"""Learning rate of bit-widths where none is given: bits an optimizer step under Adam."""
 
 
 class RobustQ:
@@ -133,7 +146,8 @@ class RobustQ:
         RNGs included. Call it before wrapping; where no rank holds the whole model before (`zero.Init`, FSDP's
         `cpu_ram_efficient_loading`), after it. Every rank runs the same batches; then all have rank 0's
         figures. Raises `ValueError` for an empty set, for a layer that is never used, where inputs are to be
-        quantized for layers whose input is never seen, and where ranks have different configs.
+        quantized for layers whose input is never seen, where ranks have different configs, and for a budget that
+        cannot be met.
         """
         self.agree()
         distributed.broadcast(stage.d for _, stage in saturated(self))
@@ -144,6 +158,7 @@ class RobustQ:
         self._observe(batches, forward, need_inputs=self.config.activations is not None)
         self._initialize()
         self._share()
+        self.bits.budget()
         self.calibrated = True
 
     def observe(self, batches: Iterable[Any], forward: Forward, activations: bool = False) -> None:
@@ -239,6 +254,15 @@ class RobustQ:
         """Raise `RuntimeError` for an optimizer that trains weights of the model and not what the stages learn."""
         self._training.check_optimizer(optimizer)
 
+    @property
+    def bits(self) -> LearnedBits:
+        """The bit-widths that are learned."""
+        return self._training.bits
+
+    def size(self) -> Size:
+        """Bits, megabytes and bit-operations, by layer and in all; `print` it. Bits are those of now."""
+        return size(self.model, self.sites)
+
     def metrics(self) -> dict[str, float]:
         """Means over the weights: kurtosis, each penalty by its name, unscaled, and how they are quantized.
 
@@ -246,8 +270,9 @@ class RobustQ:
         step, clipped        the mean step, and the share of weights beyond the outer levels
         oscillating          the share of weights that go back and forth between two levels, where that is watched
         largest_weight       max |w| of any
+        bits, beta           of the layers whose bits are learned
         """
-        return means(self.sites, self.regularized)
+        return {**means(self.sites, self.regularized), **self.bits.metrics()}
 
     def telemetry(self) -> dict[str, dict[str, float]]:
         """By weight, where it has a quantizer: {"error", "step", "clipped", "largest"} (see `metrics`)."""
@@ -263,10 +288,12 @@ class RobustQ:
         """What the stages learn (steps, offsets, bit-widths), by name in the model."""
         return own_parameters(self.model, self.sites)
 
-    def parameter_groups(self, weight_decay: float, scale_lr: float | None = None) -> list[dict[str, Any]]:
-        """Groups for an optimizer: matrices and kernels decayed, vectors (biases, norms) not, learned steps not.
+    def parameter_groups(
+        self, weight_decay: float, scale_lr: float | None = None, bits_lr: float = BITS_LR
+    ) -> list[dict[str, Any]]:
+        """Groups for an optimizer: matrices and kernels decayed, vectors (biases, norms) not, what is learned not.
 
-        `scale_lr`: a learning rate of its own for what the stages learn.
+        `scale_lr`: a learning rate of its own for steps and offsets; `bits_lr`: for bit-widths, numbers up to 8.
         """
         own = self.own_parameters()
         rest = [p for name, p in self.model.named_parameters() if p.requires_grad and name not in own]
@@ -274,10 +301,18 @@ class RobustQ:
             {"params": [p for p in rest if len(whole_shape(p)) > 1], "weight_decay": weight_decay},
             {"params": [p for p in rest if len(whole_shape(p)) <= 1], "weight_decay": 0.0},
         ]
-        if own:
-            rate = {} if scale_lr is None else {"lr": scale_lr}
-            groups.append({"params": list(own.values()), "weight_decay": 0.0, **rate})
-        return groups
+        return groups + self.own_groups(scale_lr, bits_lr)
+
+    def own_groups(self, scale_lr: float | None = None, bits_lr: float = BITS_LR) -> list[dict[str, Any]]:
+        """Groups of what the stages learn."""
+        bits = {id(stage.beta) for stage in self.bits.stages().values()}
+        own = self.own_parameters().values()
+        rate = {} if scale_lr is None else {"lr": scale_lr}
+        groups = [
+            {"params": [p for p in own if id(p) not in bits], "weight_decay": 0.0, **rate},
+            {"params": [p for p in own if id(p) in bits], "weight_decay": 0.0, "lr": bits_lr},
+        ]
+        return [group for group in groups if group["params"]]
 
     # ---- averages, and what is published ----------------------------------------------------------
 
@@ -366,6 +401,8 @@ class RobustQ:
             bits = wanted[quantizer.role]
             if bits is not None and quantizer.site not in self.edges:
                 quantizer.change_bits(bits)
+        for stage in self.bits.stages().values():
+            stage.bind(stage.quantizer)
         changes = {}
         for name, bits in (("weights", weights), ("activations", activations)):
             if bits is not None:
@@ -401,10 +438,7 @@ class RobustQ:
         for site in self.sites:
             for stage in (*site.weight_stages, *site.activation_stages):
                 try:
-                    if isinstance(stage, Quantizer):
-                        stage.restored()
-                    if isinstance(stage, InputProbe):
-                        stage.restored()
+                    cast(Stage, stage).restored()
                 except ValueError as error:
                     raise ValueError(f"{site.name}: {error}") from None
         used = all(bool(weight_probe(site).uses > 0) for site in self.sites)

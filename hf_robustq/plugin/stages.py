@@ -1,14 +1,15 @@
-"""Which stages a site gets, as a config says."""
+"""Which stages a site gets, as a config says, and who has which."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 
+from hf_robustq.calibrate import stages
 from hf_robustq.config import QuantizerConfig, RobustQConfig
 from hf_robustq.grid import Grid
 from hf_robustq.quantizers import QUANTIZERS, CallProbe, InputProbe, Oscillation, Quantizer, Role, WeightProbe
@@ -30,37 +31,37 @@ def float_input(config: RobustQConfig, site: Site) -> str:
 
 def weight_stages(config: RobustQConfig, site: Site, edges: Collection[str]) -> dict[str, nn.Module]:
     """SatNL, regularizers and quantizer, of which the edges have only the last, at 8 bits; then the probe."""
-    stages: dict[str, nn.Module] = {}
+    own: dict[str, nn.Module] = {}
     if site.name not in edges:
         if config.satnl is not None:
-            stages["satnl"] = SatNL(**asdict(config.satnl))
+            own["satnl"] = SatNL(**asdict(config.satnl))
         for regularizer in config.regularizers:
             stage = REGULARIZERS[regularizer.method](**regularizer.options)
             if not stage.refuses(site.module):
-                stages[regularizer.method] = stage
+                own[regularizer.method] = stage
     if config.weights is not None:
         axis = site.axis if config.weights.per_channel else None
-        stages["quantizer"] = _quantizer(config.weights, site, edges, axis, "weight")
-        for stage in stages.values():
+        own["quantizer"] = _quantizer(config.weights, site, edges, axis, "weight")
+        for stage in own.values():
             if isinstance(stage, Regularizer) and stage.works_with:
-                object.__setattr__(stage, "quantizer", stages["quantizer"])
+                stage.bind(own["quantizer"])
         if config.oscillations != "ignore":
             freeze = config.freeze_above if config.oscillations == "freeze" else None
-            stages["oscillation"] = Oscillation(site.shape, freeze)
-    stages["probe"] = WeightProbe(site.axis, site.shape[site.axis])
-    return _beside(site, stages)
+            own["oscillation"] = Oscillation(site.shape, freeze)
+    own["probe"] = WeightProbe(site.axis, site.shape[site.axis])
+    return _beside(site, own)
 
 
 def activation_stages(config: RobustQConfig, site: Site, edges: Collection[str]) -> dict[str, nn.Module]:
     """Quantizer and probe of the layer's input; where it stays float, a probe that counts calls."""
     if float_input(config, site):
         return _beside(site, {"probe": CallProbe()})
-    stages: dict[str, nn.Module] = {}
+    own: dict[str, nn.Module] = {}
     if config.activations is not None:
-        stages["quantizer"] = _quantizer(config.activations, site, edges, None, "input")
-        stages["quantizer"].register_forward_pre_hook(_refuse_nested)
-    stages["probe"] = InputProbe(site.name)
-    return _beside(site, stages)
+        own["quantizer"] = _quantizer(config.activations, site, edges, None, "input")
+        own["quantizer"].register_forward_pre_hook(_refuse_nested)
+    own["probe"] = InputProbe(site.name)
+    return _beside(site, own)
 
 
 def _refuse_nested(quantizer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:  # noqa: ARG001
@@ -91,3 +92,23 @@ def _beside(site: Site, stages: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """On the weight's device; weights that are still on the meta device get theirs later."""
     device = site.parameter.device
     return {name: stage.to(torch.device("cpu") if device.type == "meta" else device) for name, stage in stages.items()}
+
+
+def quantizers(sites: Sequence[Site]) -> Iterator[Quantizer]:
+    return (stage for stage in stages(sites) if isinstance(stage, Quantizer))
+
+
+def carriers(sites: Sequence[Site], method: str) -> list[tuple[Site, Regularizer]]:
+    """The regularizer of each trainable weight, once where a weight is shared."""
+    found: dict[int, tuple[Site, Regularizer]] = {}
+    for site in sites:
+        stage = site.weight_stages._modules.get(method)
+        if isinstance(stage, Regularizer) and site.parameter.requires_grad:
+            found.setdefault(id(stage), (site, stage))
+    return list(found.values())
+
+
+def own_parameters(model: nn.Module, sites: Sequence[Site]) -> dict[str, nn.Parameter]:
+    """What the stages learn, by name in the model."""
+    own = {id(p) for stage in stages(sites) for p in stage.parameters()}
+    return {name: p for name, p in model.named_parameters() if id(p) in own}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,12 +9,14 @@ from accelerate.state import GradientState
 from torch import nn
 
 from hf_robustq.calibrate import stages, weight_probe
-from hf_robustq.quantizers import Moment, Oscillation, Quantizer
+from hf_robustq.plugin.bits import LearnedBits
+from hf_robustq.plugin.stages import carriers
+from hf_robustq.quantizers import Oscillation, Quantizer
 from hf_robustq.regularizers import Regularizer
 from hf_robustq.reparam import network_weight, satnl
 from hf_robustq.schedules import SCHEDULES
 from hf_robustq.sharded import is_sharded, uses_deepspeed
-from hf_robustq.sites import Site
+from hf_robustq.stage import Moment
 
 if TYPE_CHECKING:
     from hf_robustq.plugin.robustq import RobustQ
@@ -26,26 +27,6 @@ NOT_LEARNING = (
 )
 
 
-def quantizers(sites: Sequence[Site]) -> Iterator[Quantizer]:
-    return (stage for stage in stages(sites) if isinstance(stage, Quantizer))
-
-
-def carriers(sites: Sequence[Site], method: str) -> list[tuple[Site, Regularizer]]:
-    """The regularizer of each trainable weight, once where a weight is shared."""
-    found: dict[int, tuple[Site, Regularizer]] = {}
-    for site in sites:
-        stage = site.weight_stages._modules.get(method)
-        if isinstance(stage, Regularizer) and site.parameter.requires_grad:
-            found.setdefault(id(stage), (site, stage))
-    return list(found.values())
-
-
-def own_parameters(model: nn.Module, sites: Sequence[Site]) -> dict[str, nn.Parameter]:
-    """What the stages learn, by name in the model."""
-    own = {id(p) for stage in stages(sites) for p in stage.parameters()}
-    return {name: p for name, p in model.named_parameters() if id(p) in own}
-
-
 class Training:
     """Where a run is, told to every stage. The methods are documented at `RobustQ`, which passes its calls on."""
 
@@ -54,6 +35,7 @@ class Training:
         self._moment: Moment | None = None
         self._stepping = False
         self._versions: dict[str, int] | None = {}
+        self.bits = LearnedBits(plugin)
 
     def step(
         self,
@@ -76,16 +58,17 @@ class Training:
             seed = self.plugin.config.seed
             self._moment = Moment(progress=progress, step=index, learning_rate=learning_rate, seed=seed)
             self._at()
+            self.bits.step(self._moment)
         else:
             self._next_micro_batch()
         for regularizer in self.plugin.config.regularizers:
             acting = carriers(self.plugin.sites, regularizer.method)
             factor = regularizer.strength * SCHEDULES[regularizer.schedule](progress) / len(acting) * regularizer.every
-            due = first and factor > 0 and self._moment is not None and self._moment.step % regularizer.every == 0
+            due = first and self._moment is not None and self._moment.step % regularizer.every == 0
             for site, stage in acting:
-                stage.active = due
+                stage.active = due and factor * stage.share > 0
                 if stage.active:
-                    strength = factor / weight_probe(site).uses[0]
+                    strength = factor * stage.share / weight_probe(site).uses[0]
                     stage.strength.copy_(strength if scaler is None else scaler.scale(strength))
 
     def end_micro_batch(self) -> None:
@@ -100,8 +83,8 @@ class Training:
             return
         self._stepping = False
         self._check_learning()
-        for quantizer in quantizers(self.plugin.sites):
-            quantizer.project()
+        for stage in stages(self.plugin.sites):
+            stage.project()
         for site in self.plugin.sites:
             watcher = site.weight_stages._modules.get("oscillation")
             if isinstance(watcher, Oscillation):
@@ -140,8 +123,8 @@ class Training:
 
     def _at(self) -> None:
         assert self._moment is not None
-        for quantizer in quantizers(self.plugin.sites):
-            quantizer.at(self._moment)
+        for stage in stages(self.plugin.sites):
+            stage.at(self._moment)
 
     def _keep(self, on: bool) -> None:
         """Forget what was quantized; `on`: keep what comes, for the micro-batches up to the optimizer step."""

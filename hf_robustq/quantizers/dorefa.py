@@ -10,15 +10,18 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_robustq.functional import fake_quantize, no_autocast, working_dtype
 from hf_robustq.grid import Grid
-from hf_robustq.quantizers.quantizer import Quantizer, Role
+from hf_robustq.quantizers.quantizer import Role
+from hf_robustq.quantizers.variable_bits import VariableBits
 from hf_robustq.scales import Sample
 
 
-class DoReFa(Quantizer):
+class DoReFa(VariableBits):
     """Nothing to learn and nothing to calibrate; with n = 2^bits - 1 and q(x) = round(n * x) / n:
 
     weights   2 * q(tanh(w) / (2 * max|tanh(w)|) + 1/2) - 1 (eq. 9); always in [-1, 1], so a norm must follow
     inputs    q(clamp(x, 0, 1)) (eq. 11)
+
+    Where WaveQ learns beta, bits are ceil(beta), and weights are times c = 2^ceil(beta) / 2^beta (its eq. B.2).
 
     The gradient passes straight through the rounding, and through tanh and the maximum as they are.
 
@@ -27,6 +30,7 @@ class DoReFa(Quantizer):
     """
 
     uniform = False
+    sign_bits, odd = 0, True
 
     def __init__(
         self, grid: Grid, channels: int = 1, role: Role = "weight", rescale: bool = False, clip: float = 1.0
@@ -45,6 +49,11 @@ class DoReFa(Quantizer):
         reach = 2.0 if self.role == "weight" else self.clip
         self.set_steps(torch.full_like(self.scale, reach / (self.grid.levels - 1)))
 
+    @staticmethod
+    def ends(beta: Tensor) -> tuple[Tensor, Tensor]:
+        half = 2.0 ** (beta.ceil() - 1)
+        return -half, half - 1
+
     def quantize(self, x: Tensor) -> Tensor:
         if self.role == "input":
             return fake_quantize(x, self.steps, self.low, self.high, dtype=self.dtype(x))
@@ -62,6 +71,8 @@ class DoReFa(Quantizer):
             step, below = 2.0 / last, last.new_full((), -1.0)
             # one level more at each end, so that +-1 count as inside and the gradient passes everywhere
             value = fake_quantize(unit, step, below, last + 1, offset=below)
+            if self.varies and self.stretch is None:
+                value = value * 2.0 ** (self.beta.ceil() - self.beta)
             if self.rescale:
                 magnitude = w.detach().abs()
                 value = value * (magnitude.amax() if over is None else magnitude.amax(over, keepdim=True))

@@ -10,8 +10,9 @@ from torch import Tensor
 from hf_robustq.functional import Noise, fake_quantize
 from hf_robustq.grid import Grid
 from hf_robustq.quantizers.lsq import LSQ
-from hf_robustq.quantizers.quantizer import Moment, Role
+from hf_robustq.quantizers.quantizer import Role
 from hf_robustq.schedules import SCHEDULES
+from hf_robustq.stage import Moment
 
 
 class NoiseTempered(LSQ):

@@ -88,16 +88,19 @@ class WeightProbe(Probe):
     """The probe of a weight.
 
     uses   [1] reads of the weight in one forward, once calibrated; saved with the model
+    macs   [1] multiply-accumulates with it for one sample, once calibrated; saved with the model
     keep   hold on to the quantized tensor, within one configuration
     """
 
     uses: Tensor
+    macs: Tensor
 
     def __init__(self, axis: int, channels: int) -> None:
         super().__init__(axis, channels)
         self.keep = False
         self._kept: Tensor | None = None
         self.register_buffer("uses", torch.zeros(1, dtype=torch.float32))
+        self.register_buffer("macs", torch.zeros(1, dtype=torch.float32))
 
     def off(self) -> None:
         super().off()

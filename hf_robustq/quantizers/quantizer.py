@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -21,24 +21,6 @@ LEARNED = "learned"
 """The rule that is no search: the steps a quantizer has, at other bits within its clip range."""
 
 Role = Literal["weight", "input"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Moment:
-    """When in training it is: what a stage may make its schedule, and its random draws, a function of.
-
-    progress       share of training done, in [0, 1]
-    step           optimizer steps done
-    micro_batch    index of the micro-batch within the step
-    learning_rate  now, divided by its value at the start
-    seed           of the run
-    """
-
-    progress: float = 0.0
-    step: int = 0
-    micro_batch: int = 0
-    learning_rate: float = 1.0
-    seed: int = 0
 
 
 class Quantizer(Stage, ABC):
@@ -97,6 +79,11 @@ class Quantizer(Stage, ABC):
         self.initialized.fill_(True)
 
     @property
+    def bits(self) -> int:
+        """Storage bits, sign included."""
+        return self.grid.bits
+
+    @property
     def what(self) -> str:
         """What passes through, in a message."""
         return f"{'the input of ' if self.role == 'input' else ''}{self.site or 'a tensor'}"
@@ -124,12 +111,8 @@ class Quantizer(Stage, ABC):
         if not bool((self.scale.isfinite() & (self.scale > 0)).all()):
             raise ValueError("a step is not a positive number")
 
-    def at(self, moment: Moment) -> None:
-        """Called before each micro-batch of training."""
-
     @torch.no_grad()
     def project(self) -> None:
-        """Keep what is learned where it makes sense; called after each optimizer step."""
         if self.scale.requires_grad:
             clamp_local(self.scale, SMALLEST)
 

@@ -31,6 +31,22 @@ class _AddGradient(torch.autograd.Function):
             return None, None, *ctx.gradient(grad_output, strength, w, *theta)
 
 
+add_gradient = _AddGradient.apply
+
+
+class _Connect(torch.autograd.Function):
+    """Identity in forward; backward adds no gradient to what is learned, instead of none: DDP waits for one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return grad_output, *(torch.zeros_like(p) for p in ctx.saved_tensors)
+
+
 class Regularizer(Stage, ABC):
     """A stage: identity forward, adds `strength * d penalty / d(w, theta)` to the gradient in backward.
 
@@ -40,7 +56,10 @@ class Regularizer(Stage, ABC):
     strength   0-dim float32, written by the plugin once per optimizer step: lambda * schedule / number of
                regularised weights / reads per forward, times the fp16 loss scale where there is one
     active     True on the first micro-batch of an optimizer step, which carries the whole penalty
+    share      of the strength, by a schedule of its own
     """
+
+    share = 1.0
 
     works_with: tuple[str, ...] = ()
     """Methods of `QUANTIZERS`, one of which the weight must have; it is then the stage's `quantizer`. Empty: none."""
@@ -57,6 +76,14 @@ class Regularizer(Stage, ABC):
         """Why it does not act on the weight of this layer; empty where it does."""
         return ""
 
+    def bind(self, quantizer: Any) -> None:
+        """Told the quantizer of the same weight, where it works with one."""
+        object.__setattr__(self, "quantizer", quantizer)
+
+    def theta(self) -> tuple[Tensor, ...]:
+        """What the penalty depends on besides the weight."""
+        return tuple(self.parameters())
+
     @abstractmethod
     def penalty(self, w: Tensor, *theta: Tensor) -> Tensor:
         """The penalty of one weight: a 0-dim tensor, float32 or better, a pure function of its arguments."""
@@ -72,6 +99,13 @@ class Regularizer(Stage, ABC):
         return grad_output + of_w.to(grad_output.dtype), *(g.to(t.dtype) for g, t in zip(of_theta, theta, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.active and self.training and torch.is_grad_enabled()):
+        if not (self.training and torch.is_grad_enabled()):
             return x
-        return _AddGradient.apply(self.gradient, self.strength, x, *self.parameters())
+        if self.active:
+            return self.attach(x, self.strength)
+        learned = list(self.parameters())
+        return _Connect.apply(x, *learned) if learned else x
+
+    def attach(self, x: Tensor, strength: Tensor) -> Tensor:
+        """`x`, with the gradient of the penalty behind it."""
+        return add_gradient(self.gradient, strength, x, *self.theta())

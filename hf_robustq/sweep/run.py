@@ -11,7 +11,7 @@ import torch
 
 from hf_robustq.calibrate import float_model, switches_kept, undisturbed
 from hf_robustq.plugin import RobustQ
-from hf_robustq.plugin.training import quantizers
+from hf_robustq.plugin.stages import quantizers
 from hf_robustq.quantizers import Role
 from hf_robustq.sweep.batch_norm import with_statistics
 from hf_robustq.sweep.settings import DEFAULT_SETTINGS, Setting, parse_settings

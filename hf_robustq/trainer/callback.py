@@ -47,6 +47,7 @@ class RobustQCallback(TrainerCallback):
                 "with SatNL or averages a checkpoint holds other weights than the run goes on with, which a stock "
                 "Trainer does not know: use RobustTrainer, or RobustQMixin before your Trainer class"
             )
+        self.plugin.bits.check_phases(state.max_steps)
         self.plugin.agree()
         self.plugin.check_optimizer(kwargs.get("optimizer"))
         self.plugin.watch.reset()
@@ -78,6 +79,9 @@ class RobustQCallback(TrainerCallback):
             learning_rate=now / start if start else 1.0,
             accumulating=args.gradient_accumulation_steps > 1,
         )
+        if self.plugin.bits.news and state.is_world_process_zero:
+            print(self.plugin.bits.news)
+        self.plugin.bits.news = ""
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         self.plugin.end_micro_batch()

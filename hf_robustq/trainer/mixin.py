@@ -22,6 +22,7 @@ from hf_robustq.optim import ASAM, EMA
 from hf_robustq.optim.asam import UNDER_DEEPSPEED, check_optimizer
 from hf_robustq.plugin import RobustQ
 from hf_robustq.plugin.publish import load_state, save_state
+from hf_robustq.plugin.robustq import BITS_LR
 from hf_robustq.schedules import LR_SCHEDULES
 from hf_robustq.sweep import DEFAULT_SETTINGS, Setting, parse_settings
 from hf_robustq.trainer.batches import calibration_batches, forward
@@ -42,7 +43,8 @@ class RobustQMixin(_AnyTrainer):
     sweep                settings to measure after every evaluation; None: the default ones; (): no sweep
     sweep_options        what else `BitWidthSweepCallback` takes
     calibration_dataset  training samples with the evaluation transform; default: `train_dataset`
-    scale_lr             learning rate of what the stages learn (steps, offsets); default: that of the weights
+    scale_lr             learning rate of steps and offsets that are learned; default: that of the weights
+    bits_lr              learning rate of bit-widths that are learned
     lr_schedule          {"name": one of `LR_SCHEDULES`, and its options}; default: the Trainer's own
     asam                 options of `ASAM`, {"rho": 1.0}: two passes a step; default: one
     ema                  options of `EMA`, {"decay": 0.9999}: averages of the weights are what is evaluated, swept,
@@ -63,6 +65,7 @@ class RobustQMixin(_AnyTrainer):
         sweep_options: Mapping[str, Any] | None = None,
         calibration_dataset: Any = None,
         scale_lr: float | None = None,
+        bits_lr: float = BITS_LR,
         lr_schedule: Mapping[str, Any] | None = None,
         asam: Mapping[str, Any] | None = None,
         ema: Mapping[str, Any] | None = None,
@@ -74,7 +77,7 @@ class RobustQMixin(_AnyTrainer):
         self.asam_options, self.ema_options = asam, ema
         self._robustq_config = robustq.config if isinstance(robustq, RobustQ) else robustq
         given = robustq if isinstance(robustq, RobustQ) else None
-        self.scale_lr = scale_lr
+        self.scale_lr, self.bits_lr = scale_lr, bits_lr
         self.lr_schedule = dict(lr_schedule) if lr_schedule else None
         if self.lr_schedule:
             check_known([self.lr_schedule.get("name")], LR_SCHEDULES, "learning-rate schedule")  # type: ignore[list-item]
@@ -161,7 +164,8 @@ class RobustQMixin(_AnyTrainer):
         """
         deepspeed = self.accelerator.state.deepspeed_plugin
         if deepspeed is not None and self.robustq.own_parameters():
-            check_section(deepspeed.deepspeed_config.get("optimizer"), self.scale_lr)
+            apart = self.scale_lr is not None or bool(self.robustq.bits.stages())
+            check_section(deepspeed.deepspeed_config.get("optimizer"), apart)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
             if resume_from_checkpoint is None:
@@ -206,9 +210,8 @@ class RobustQMixin(_AnyTrainer):
         self._calibrate_once()
         created = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        own = list(self.robustq.own_parameters().values())
-        if created and own:
-            group_apart(optimizer, own, self.scale_lr)
+        if created:
+            group_apart(optimizer, self.robustq.own_groups(self.scale_lr, self.bits_lr))
         return optimizer
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -300,26 +303,26 @@ class RobustTrainer(RobustQMixin, Trainer):
     """`Trainer` with a `RobustQ`: calibrates by itself, sweeps after every evaluation, writes the card."""
 
 
-def group_apart(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], lr: float | None) -> None:
-    """Move parameters of a new optimizer into a group of their own, without weight decay."""
-    chosen = {id(p) for p in parameters}
+def group_apart(optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> None:
+    """Move parameters of a new optimizer into groups of their own."""
+    chosen = {id(p) for group in groups for p in group["params"]}
     for group in optimizer.param_groups:
         group["params"] = [p for p in group["params"] if id(p) not in chosen]
-    rate = {} if lr is None else {"lr": lr}
-    optimizer.add_param_group({"params": list(parameters), "weight_decay": 0.0, **rate})
+    for group in groups:
+        optimizer.add_param_group(group)
 
 
-def check_section(optimizer: Mapping[str, Any] | None, scale_lr: float | None) -> None:
+def check_section(optimizer: Mapping[str, Any] | None, apart: bool) -> None:
     """Raise `ValueError` for an optimizer in a DeepSpeed config that would treat learned steps like weights.
 
     The Trainer gives such an optimizer all parameters in one group.
     """
     decay = (optimizer or {}).get("params", {}).get("weight_decay", 0.0)
-    if optimizer is not None and (scale_lr is not None or decay != 0):
+    if optimizer is not None and (apart or decay != 0):
         raise ValueError(
             "the optimizer of the DeepSpeed config has one group for all parameters, so learned steps would be decayed "
             "and have no learning rate of their own: take its `optimizer` section out (TrainingArguments' `optim` is "
-            "sharded all the same), or set its weight_decay to 0 and leave scale_lr out"
+            "sharded all the same), or set its weight_decay to 0, and leave scale_lr out and bits as they are"
         )
 
 

@@ -1,0 +1,173 @@
+"""What WaveQ's stages of a model do together: quantizers follow beta, a budget steers it, phase 3 fixes it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_robustq.plugin.stages import carriers
+from hf_robustq.quantizers.variable_bits import follow
+from hf_robustq.regularizers import WaveQ
+from hf_robustq.sharded import single_values
+from hf_robustq.size import Size, size
+from hf_robustq.stage import Moment
+
+if TYPE_CHECKING:
+    from hf_robustq.plugin.robustq import RobustQ
+
+logger = logging.getLogger(__name__)
+
+RAMP = 0.5
+"""Share of phase 2 in which a budget comes down from the first bits to its own."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit of what is linear in the storage bits b of the layers that learn: fixed + sum_i cost_i * b_i <= limit."""
+
+    measure: str
+    limit: float
+    fixed: float
+    costs: tuple[float, ...]
+
+    @classmethod
+    def of(cls, measure: str, limit: float, found: Size, learning: Sequence[str]) -> Budget:
+        """For the layers `learning`, by name. "bits" is their mean; the other two are of the whole model."""
+        layers = {layer.name: layer for layer in found.layers}
+        if measure == "bits":
+            return cls(measure, limit, 0.0, tuple(1 / len(learning) for _ in learning))
+        if measure == "megabytes":
+            costs = tuple(layers[name].weights / 8e6 for name in learning)
+        else:
+            for name in learning:
+                if not layers[name].macs:
+                    raise ValueError(f"budget: the products with {name} are not counted, as its module is not called")
+            costs = tuple(layers[name].macs * layers[name].activation_bits for name in learning)
+        fixed = getattr(found, measure) - sum(c * layers[name].bits for c, name in zip(costs, learning, strict=True))
+        return cls(measure, limit, fixed, costs)
+
+    def at(self, bits: Sequence[float]) -> float:
+        """The measure at these bits."""
+        return self.fixed + sum(c * b for c, b in zip(self.costs, bits, strict=True))
+
+    def excess(self, bits: Tensor) -> Tensor:
+        """How many bits a layer are too many, in the mean over what they cost; 0-dim, from [n]."""
+        return (bits @ bits.new_tensor(self.costs) + (self.fixed - self.limit)) / sum(self.costs)
+
+    def within(self, betas: Sequence[float], sign_bits: int, lowest: int) -> list[int]:
+        """ceil(beta) + sign_bits, and of those that exceed the limit fewer: first where beta is lost the least of.
+
+        That is where beta lies closest above the next whole number, for what a bit of this layer costs.
+        """
+        bits = [math.ceil(beta) + sign_bits for beta in betas]
+        slack = 1e-6 * abs(self.limit)
+        while self.at(bits) > self.limit + slack:
+            lost = [
+                ((beta + sign_bits - (b - 1)) / cost, i)
+                for i, (beta, b, cost) in enumerate(zip(betas, bits, self.costs, strict=True))
+                if b > lowest and cost > 0
+            ]
+            bits[min(lost)[1]] -= 1
+        return bits
+
+
+class LearnedBits:
+    """The bit-widths of a model that are learned. Nothing where there is no WaveQ that learns."""
+
+    def __init__(self, plugin: RobustQ) -> None:
+        self.plugin = plugin
+        self.news = ""
+        """What is to be said of the bits that have just been fixed."""
+        self._budget: Budget | None = None
+        self._scale: Tensor | None = None
+
+    def stages(self) -> dict[str, WaveQ]:
+        """By the name of the weight."""
+        found = carriers(self.plugin.sites, "waveq")
+        return {site.name: stage for site, stage in found if isinstance(stage, WaveQ) and stage.learn}
+
+    def budget(self) -> Budget | None:
+        """Raises `ValueError` for one that cannot be met; call it after calibration, which counts products."""
+        stages = self.stages()
+        if self._budget is None and self.plugin.config.budget and stages:
+            ((measure, limit),) = self.plugin.config.budget.items()
+            budget = Budget.of(measure, limit, size(self.plugin.model, self.plugin.sites), list(stages))
+            least = budget.at([stage.lowest + stage.quantizer.sign_bits for stage in stages.values()])
+            if least > limit:
+                raise ValueError(
+                    f"budget: {measure} of {limit:g} cannot be met, even with the fewest bits everywhere: "
+                    f"the nearest that can is {least:.6g}"
+                )
+            self._budget = budget
+        return self._budget
+
+    def check_phases(self, steps: int) -> None:
+        """Raise `ValueError` where phases do not fit a run of so many optimizer steps."""
+        for stage in list(self.stages().values())[:1]:
+            if stage.fixed is None:
+                stage.check_phases(steps)
+
+    @torch.no_grad()
+    def step(self, moment: Moment) -> None:
+        """Before the first micro-batch of an optimizer step."""
+        stages = [stage for stage in self.stages().values() if stage.fixed is None]
+        if not stages:
+            return
+        first = stages[0]
+        if moment.progress > 0 and moment.step > 0:
+            first.check_phases(round(moment.step / moment.progress))
+        betas = single_values([stage.beta for stage in stages])
+        if first.time(moment) >= first.fall:
+            self._fix(betas.tolist())
+            return
+        follow([stage.quantizer for stage in stages], betas)
+        pulls = self._pulls(first, betas, moment)
+        for stage, pull in zip(stages, pulls.unbind(), strict=True):
+            stage.pull.copy_(pull)
+
+    def _pulls(self, stage: WaveQ, betas: Tensor, moment: Moment) -> Tensor:
+        """lambda_beta of each weight: the config's, or the slope of (max(0, excess - what is allowed by now))^2 / 2.
+
+        Allowed is what there was at the beginning, less and less of it, and none from the middle of phase 2.
+        """
+        budget = self.budget()
+        if budget is None:
+            return torch.full_like(betas, stage.beta_strength * stage.pulse)
+        assert self.plugin.config.weights is not None
+        done = (stage.time(moment) - stage.rise) / (RAMP * (stage.fall - stage.rise))
+        start = budget.excess(torch.full_like(betas, self.plugin.config.weights.bits))
+        allowed = start * min(max(1 - done, 0.0), 1.0)
+        costs = betas.new_tensor(budget.costs)
+        excess = budget.excess(betas + stage.quantizer.sign_bits)
+        return (excess - allowed).clamp(min=0) * stage.pulse * costs / costs.mean()
+
+    def _fix(self, betas: list[float]) -> None:
+        """Phase 3 begins: ceil(beta) from now on, or less where the budget wants it."""
+        stages, budget = self.stages(), self.budget()
+        first = next(iter(stages.values()))
+        sign, bits = first.quantizer.sign_bits, [math.ceil(b) + first.quantizer.sign_bits for b in betas]
+        if budget is not None:
+            bits = budget.within(betas, sign, first.lowest + sign)
+            if min(b - sign - beta for b, beta in zip(bits, betas, strict=True)) <= -1:
+                logger.warning(
+                    "bits came down by more than one where they were fixed: what was learned did not meet the budget "
+                    "(raise bits_lr, or give phase 2 more steps)"
+                )
+        for stage, b in zip(stages.values(), bits, strict=True):
+            stage.fix(b - sign)
+        names = ", ".join(f"{name} {b}" for name, b in zip(stages, bits, strict=True))
+        self.news = f"bit-widths are fixed, {sum(bits) / len(bits):.2f} in the mean: {names}"
+
+    def metrics(self) -> dict[str, float]:
+        """{"bits", "beta"}: means over the layers that learn."""
+        stages = self.stages().values()
+        if not stages:
+            return {}
+        bits, betas = [stage.quantizer.bits for stage in stages], [float(stage.quantizer.beta) for stage in stages]
+        return {"bits": sum(bits) / len(bits), "beta": sum(betas) / len(betas)}

@@ -1,0 +1,48 @@
+"""Uniform quantization of weights from their largest magnitude: the grid of WaveQ (arXiv 2003.00146)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_robustq.functional import SMALLEST, fake_quantize, working_dtype
+from hf_robustq.grid import Grid
+from hf_robustq.quantizers.quantizer import Role
+from hf_robustq.quantizers.variable_bits import VariableBits
+
+
+class Absmax(VariableBits):
+    """max|w| * round(k * w / max|w|) / k with k = 2^beta - 1: the levels -1, ..., -1/k, 0, 1/k, ..., 1 times max|w|.
+
+    Of weights only, with max|w| of the moment, for the tensor or for each output channel; it is a constant to the
+    gradient, which passes straight through. 2^(ceil(beta) + 1) - 1 levels take ceil(beta) + 1 bits.
+    """
+
+    rules = {"weight": "absmax", "input": "absmax"}  # noqa: RUF012
+    narrow = True
+    sign_bits, odd = 1, False
+
+    def __init__(self, grid: Grid, channels: int = 1, role: Role = "weight") -> None:
+        super().__init__(grid, channels, role)
+        if role == "input":
+            raise ValueError("absmax: quantizes weights; inputs take fixed, lsq or another method")
+        if not grid.narrow:
+            raise ValueError("absmax: its grid is symmetric: leave narrow out")
+        self.register_buffer("scale", torch.ones(self.channels, dtype=torch.float32))
+
+    @staticmethod
+    def ends(beta: Tensor) -> tuple[Tensor, Tensor]:
+        last = 2.0 ** beta.ceil() - 1
+        return -last, last
+
+    def quantize(self, x: Tensor) -> Tensor:
+        options = self.options(x)
+        if self.stretch is not None or self.other_steps is not None:  # a sweep's
+            return fake_quantize(x, self.steps, self.low, self.high, **options)
+        with torch.no_grad():
+            over = [d for d in range(x.dim()) if self.grid.axis is None or d != self.grid.axis % x.dim()]
+            largest = x.abs().amax(over).to(working_dtype(x)).view(-1)
+            steps = (largest / (2.0**self.beta - 1)).clamp(min=SMALLEST)
+            self.scale.copy_(steps)
+        # nothing lies beyond the outer levels, and what lies on them is to have a gradient
+        return fake_quantize(x, steps, self.low - 1, self.high + 1, **options)
