@@ -13,11 +13,13 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
+from hf_robustq.size import Size
 from hf_robustq.sweep import Sweep, curves
 
 logger = logging.getLogger(__name__)
 
 PLOT_FILE = "robustq_curve.png"
+BITS_FILE = "robustq_bits.png"
 
 STYLES = ("-", ":", "-.", (0, (1, 3)))
 
@@ -62,7 +64,7 @@ def plot(sweeps: Mapping[str, Sweep], metric: str, path: str | Path) -> None:
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    ticks: set[int] = set()
+    ticks: set[float] = set()
     for index, (label, sweep) in enumerate(sweeps.items()):
         color = f"C{index}"
         for style, (kind, points) in zip(itertools.cycle(STYLES), curves(sweep.rows, metric).items()):
@@ -85,6 +87,24 @@ def plot(sweeps: Mapping[str, Sweep], metric: str, path: str | Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def plot_bits(size: Size, path: str | Path) -> None:
+    """Storage bits of every quantized weight as PNG, a bar each, in the order of the model. `ImportError` as above."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers = [layer for layer in size.layers if layer.quantized]
+    figure = Figure(figsize=(6.4, 1.0 + 0.2 * len(layers)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    bars = axes.barh([layer.name for layer in layers], [layer.bits for layer in layers], color="C0")
+    axes.bar_label(bars, fontsize=7, padding=2)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel(f"weight bits, {size.bits:.2f} in the mean over elements")
+    axes.margins(x=0.08)
+    figure.savefig(path, dpi=150)
+
+
 def write_card(
     folder: str | Path,
     config: Mapping[str, Any],
@@ -96,6 +116,7 @@ def write_card(
     license: str | None = None,
     settings: Mapping[str, Any] | None = None,
     step: int | None = None,
+    size: Size | None = None,
 ) -> Path:
     """Write `README.md` and the curve into a model's folder; returns the card's path.
 
@@ -104,6 +125,7 @@ def write_card(
     metric     the metric of the table; shown in percent, unless it is a loss
     settings   the training settings worth knowing (learning rate, epochs, batch size, ...)
     step       the optimizer step of the model in the folder; default: that of the last sweep
+    size       of the model as its own quantizers have it; shown where it has some
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -137,6 +159,14 @@ def write_card(
     if len(sweeps) > len(own):
         history = {f"{s.rows[0].dataset}, {_moment(s)}": s for s in sweeps}
         lines += [f"## During training{percent}", "", table(history, metric), ""]
+    if size is not None and any(layer.quantized for layer in size.layers):
+        lines += ["## Size, as it was trained", "", str(size), ""]
+        if len({layer.bits for layer in size.layers if layer.quantized}) > 1:
+            try:
+                plot_bits(size, folder / BITS_FILE)
+                lines += [f"![bits of each weight]({BITS_FILE})", ""]
+            except ImportError:
+                pass  # said above
     lines += ["## How it was made", "", "```yaml", yaml.safe_dump(dict(config), sort_keys=False).rstrip(), "```", ""]
     versions = {name: importlib.metadata.version(name) for name in VERSIONS if _installed(name)}
     facts = {"seed": seed, **(settings or {}), "python": platform.python_version(), **versions}

@@ -31,7 +31,7 @@ ALLOWED = {
     },
     "hub": {"calibrate", "config", "plugin", "quantizers", "sharded"},
     "sweep": {"calibrate", "distributed", "grid", "plugin", "quantizers", "scales", "sharded", "sites", "sweep"},
-    "card": {"sweep"},
+    "card": {"size", "sweep"},
     "data": {"data"},
     "metrics": set(),
     "models": {"models"},

@@ -14,6 +14,7 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, T
 
 from hf_robustq.models import load_weights
 from hf_robustq.models.mobilenet_v2 import from_torchvision
+from hf_robustq.models.plain import from_torchvision as alexnet_from_torchvision
 from hf_robustq.models.resnet_cifar import ResNetCifar, ZeroPadShortcut
 
 # Published top-1 of the weights on the 10,000 CIFAR-10 test images.
@@ -186,3 +187,47 @@ def test_mobilenet_v2_for_cifar_keeps_the_resolution_longer() -> None:
     assert {name: value.shape for name, value in model.state_dict().items()} == shapes
     with pytest.raises(ValueError, match="has no trained weights"):
         timm.create_model("mobilenetv2_cifar", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "weighted", "parameters"),
+    [("simplenet_cifar", 32, 5, 62_006), ("vgg11_cifar", 32, 9, 9_228_362), ("svhn8", 40, 8, None)],
+)
+def test_plain_networks_have_the_layers_of_their_papers(name, size, weighted, parameters) -> None:
+    """LeNet's 62,006 are known; VGG-11's are those of torchvision's convolutions and norms, and one linear layer."""
+    model = timm.create_model(name, num_classes=10)
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    assert len(layers) == weighted
+    counted = sum(p.numel() for p in model.parameters())
+    assert parameters is None or counted == parameters
+    x = torch.randn(2, 3, size, size)
+    assert model.eval().forward_features(x).shape == (2, model.num_features, 1, 1)
+    output = wrapped(name).eval()(x, labels=torch.tensor([0, 9]))
+    assert output.logits.shape == (2, 10) and output.loss > 0
+    model.set_grad_checkpointing(True)
+    model.train()(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_vgg11_is_torchvisions_but_for_the_head() -> None:
+    from torchvision.models import vgg11_bn
+
+    theirs = [m for m in vgg11_bn().features if isinstance(m, nn.Conv2d | nn.MaxPool2d)]
+    ours = [m for m in timm.create_model("vgg11_cifar").layers.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d)]
+    shapes = [(type(m), getattr(m, "weight", torch.zeros(0)).shape) for m in theirs]
+    assert [(type(m), getattr(m, "weight", torch.zeros(0)).shape) for m in ours] == shapes
+
+
+def test_alexnet_computes_what_torchvision_does() -> None:
+    from torchvision.models import alexnet
+
+    torch.manual_seed(0)
+    theirs, ours = alexnet().eval(), timm.create_model("alexnet").eval()
+    ours.load_state_dict(alexnet_from_torchvision(theirs.state_dict()))
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = theirs(x)
+        assert expected.std() > 1e-3
+        torch.testing.assert_close(ours(x), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="not a torchvision alexnet"):
+        alexnet_from_torchvision({"conv.weight": torch.zeros(1)})

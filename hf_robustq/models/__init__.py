@@ -11,9 +11,11 @@ except ImportError as error:
 
 from hf_robustq.models import mobilenet_v2
 from hf_robustq.models.classifier import image_classifier, preprocessing
+from hf_robustq.models.plain import PlainNet
 from hf_robustq.models.resnet_cifar import ResNetCifar, resnet20_cifar, resnet56_cifar
 
 __all__ = [
+    "PlainNet",
     "ResNetCifar",
     "image_classifier",
     "load_weights",

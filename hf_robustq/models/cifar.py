@@ -1,6 +1,8 @@
-"""What timm records of every network for CIFAR's images."""
+"""What the networks that timm lacks have in common: their head, and timm's record of a network for CIFAR's images."""
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers.classifier import create_classifier
+from torch import Tensor, nn
 
 CIFAR = {
     "url": "",
@@ -12,3 +14,37 @@ CIFAR = {
     "mean": IMAGENET_DEFAULT_MEAN,
     "std": IMAGENET_DEFAULT_STD,
 }
+
+
+class PooledClassifier(nn.Module):
+    """Feature maps, pooled and classified; the methods are those timm and transformers' TimmWrapper call.
+
+    A subclass has `forward_features`, to a map of `num_features` channels, and calls `reset_classifier`.
+    """
+
+    num_features: int
+    head_hidden_size: int
+    grad_checkpointing = False
+
+    def get_classifier(self) -> nn.Module:
+        return self.linear
+
+    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
+        self.num_classes = num_classes
+        head = create_classifier(self.num_features, num_classes, pool_type=global_pool)
+        self.global_pool, self.linear = head[0], head[-1]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last feature map."""
+        raise NotImplementedError
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool the last feature map and classify it; stop after pooling if `pre_logits`."""
+        x = self.global_pool(x)
+        return x if pre_logits else self.linear(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))

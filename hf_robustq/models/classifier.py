@@ -8,9 +8,13 @@ import timm
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
-from hf_robustq.models.mobilenet_v2 import from_torchvision
+from hf_robustq.models import mobilenet_v2, plain
 
-TORCHVISION_MOBILENET = "mobilenet_v2.torchvision"
+TORCHVISION = {
+    "mobilenet_v2.torchvision": ("mobilenetv2_100", mobilenet_v2.from_torchvision),
+    "alexnet.torchvision": ("alexnet", plain.from_torchvision),
+}
+"""Networks whose trained weights torchvision has: timm's architecture, and the key map."""
 
 
 def image_classifier(
@@ -19,25 +23,26 @@ def image_classifier(
     """(model, where its weights come from). The model takes `pixel_values` and `labels`, as the Trainer gives them.
 
     name       a folder or Hub id of transformers or timm (`timm/resnet50.tv_in1k`); a timm name with its weights'
-               tag (`resnet50.tv_in1k`); `mobilenet_v2.torchvision` (IMAGENET1K_V1, through a key map); or a bare
-               timm architecture (`resnet50`, `resnet20_cifar`), which starts from random weights
+               tag (`resnet50.tv_in1k`); `mobilenet_v2.torchvision` or `alexnet.torchvision` (IMAGENET1K_V1, through a
+               key map); or a bare timm architecture (`resnet50`, `resnet20_cifar`), which starts from random weights
     labels     the dataset's label names; trained weights with another number of outputs raise `ValueError`
                unless `new_head`
     timm_options  keyword arguments for the architecture, where it starts from random weights
     """
     from transformers import AutoModelForImageClassification
 
-    if name == TORCHVISION_MOBILENET:
+    if name in TORCHVISION:
         import torchvision
 
-        wrapped = _timm_wrapper("mobilenetv2_100", 1000, {})
-        trained = torchvision.models.get_model("mobilenet_v2", weights="IMAGENET1K_V1")
+        architecture, from_torchvision = TORCHVISION[name]
+        wrapped = _timm_wrapper(architecture, 1000, {})
+        trained = torchvision.models.get_model(name.partition(".")[0], weights="IMAGENET1K_V1")
         wrapped.timm_model.load_state_dict(from_torchvision(trained.state_dict()))
         wrapped.timm_model.pretrained_cfg = {**wrapped.timm_model.pretrained_cfg, "interpolation": "bilinear"}
         if new_head:
             wrapped.timm_model.reset_classifier(len(labels))
             wrapped.config.num_labels = wrapped.num_labels = len(labels)
-        model, source = wrapped, "torchvision mobilenet_v2 IMAGENET1K_V1"
+        model, source = wrapped, f"torchvision {name.partition('.')[0]} IMAGENET1K_V1"
     elif "/" in name or Path(name).exists() or "." in name:
         source = name if "/" in name or Path(name).exists() else f"timm/{name}"
         extra = {"num_labels": len(labels), "ignore_mismatched_sizes": True} if new_head else {}

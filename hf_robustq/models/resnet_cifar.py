@@ -7,11 +7,10 @@ pooling, a linear classifier. Shortcuts are option A: subsample by 2, pad channe
 from typing import Any
 
 import torch.nn.functional as F
-from timm.layers.classifier import create_classifier
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from hf_robustq.models.cifar import CIFAR
+from hf_robustq.models.cifar import CIFAR, PooledClassifier
 
 WIDTHS = (16, 32, 64)
 
@@ -50,10 +49,10 @@ class BasicBlock(nn.Module):
         return self.act2(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
-class ResNetCifar(nn.Module):
+class ResNetCifar(PooledClassifier):
     """Images [N, in_chans, H, W] -> logits [N, num_classes]; pooled features [N, 64] if num_classes is 0.
 
-    The methods are those timm and transformers' TimmWrapper call. Raises ValueError if depth is not 6n + 2.
+    Raises ValueError if depth is not 6n + 2.
     """
 
     def __init__(self, depth: int, num_classes: int = 10, in_chans: int = 3, global_pool: str = "avg") -> None:
@@ -70,22 +69,10 @@ class ResNetCifar(nn.Module):
             for start, width in zip(starts, WIDTHS, strict=False)
         )
         self.num_features = self.head_hidden_size = WIDTHS[-1]
-        self.grad_checkpointing = False
         self.reset_classifier(num_classes, global_pool)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def get_classifier(self) -> nn.Module:
-        return self.linear
-
-    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
-        self.num_classes = num_classes
-        head = create_classifier(self.num_features, num_classes, pool_type=global_pool)
-        self.global_pool, self.linear = head[0], head[-1]
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature map, [N, 64, H/4, W/4]."""
@@ -93,14 +80,6 @@ class ResNetCifar(nn.Module):
         for layer in (self.layer1, self.layer2, self.layer3):
             x = checkpoint_seq(layer, x) if self.grad_checkpointing else layer(x)
         return x
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool the last feature map and classify it; stop after pooling if `pre_logits`."""
-        x = self.global_pool(x)
-        return x if pre_logits else self.linear(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 _CFG = {**CIFAR, "pool_size": (8, 8), "first_conv": "conv1", "classifier": "linear"}

@@ -165,9 +165,10 @@ class LearnedBits:
         self.news = f"bit-widths are fixed, {sum(bits) / len(bits):.2f} in the mean: {names}"
 
     def metrics(self) -> dict[str, float]:
-        """{"bits", "beta"}: means over the layers that learn."""
+        """{"bits", "beta"}: means over the layers that learn; {"megabytes"} of the whole model."""
         stages = self.stages().values()
         if not stages:
             return {}
         bits, betas = [stage.quantizer.bits for stage in stages], [float(stage.quantizer.beta) for stage in stages]
-        return {"bits": sum(bits) / len(bits), "beta": sum(betas) / len(betas)}
+        megabytes = size(self.plugin.model, self.plugin.sites).megabytes
+        return {"bits": sum(bits) / len(bits), "beta": sum(betas) / len(betas), "megabytes": megabytes}

@@ -270,7 +270,7 @@ class RobustQ:
         step, clipped        the mean step, and the share of weights beyond the outer levels
         oscillating          the share of weights that go back and forth between two levels, where that is watched
         largest_weight       max |w| of any
-        bits, beta           of the layers whose bits are learned
+        bits, beta           of the layers whose bits are learned; megabytes: of the whole model
         """
         return {**means(self.sites, self.regularized), **self.bits.metrics()}
 

@@ -12,10 +12,13 @@ from typing import Any, Self
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a sweep: a setting, its bits, and what was measured under it, on `samples` samples of `dataset`."""
+    """One line of a sweep: a setting, its bits, and what was measured under it, on `samples` samples of `dataset`.
+
+    `weights` is their mean where bits were learned, of `trained`.
+    """
 
     setting: str
-    weights: int | None
+    weights: float | None
     activations: int | None
     metrics: dict[str, float]
     samples: int
@@ -56,12 +59,12 @@ def load_sweeps(path: str | Path) -> list[Sweep]:
     return [Sweep.from_dict(values) for values in json.loads(Path(path).read_text(encoding="utf-8"))]
 
 
-def curves(rows: Iterable[Row], metric: str) -> dict[str, list[tuple[int, float]]]:
+def curves(rows: Iterable[Row], metric: str) -> dict[str, list[tuple[float, float]]]:
     """Metric against weight bits, by what the settings say besides ("": nothing; "a4@learned"); two points or more.
 
     A model `trained` at some bits is on none of them.
     """
-    found: dict[str, list[tuple[int, float]]] = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row.weights is not None and row.setting.startswith("w"):
             found.setdefault(row.setting.removeprefix(f"w{row.weights}"), []).append((row.weights, row.metrics[metric]))

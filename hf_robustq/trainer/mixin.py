@@ -296,6 +296,7 @@ class RobustQMixin(_AnyTrainer):
                     self.args, self.lr_schedule, self.scale_lr, asam=self.asam_options, ema=self.ema_options
                 ),
                 step=best,
+                size=self.robustq.size(),
             )
 
 

@@ -188,6 +188,7 @@ class BitWidthSweepCallback(TrainerCallback):
             if s.trained:
                 own = {"weights": plugin.config.weights, "activations": plugin.config.activations}
                 bits = {name: config and config.bits for name, config in own.items()}
+                bits["weights"] = plugin.bits.metrics().get("bits", bits["weights"])
             rows.append(Row(setting=s.name, **bits, metrics=values, samples=samples, dataset=prefix, subset=subset))
         return Sweep(rows=rows, epoch=trainer.state.epoch, step=trainer.state.global_step, context=context)
 
