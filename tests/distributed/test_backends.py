@@ -117,6 +117,32 @@ def test_satnl_and_symreg_equal_one_process(run, saved, config):
         torch.testing.assert_close(folded[own], torch.tanh(value / d) * d, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("config", BACKENDS)
+def test_learned_bits_under_a_budget_equal_one_process(run, config):
+    """Five steps: one of the task, three in which bits come down, one with fixed bits."""
+    options = ("--waveq", "--save", "--optim", "sgd")
+    one, two = run("single_gpu", *options), run(config, *options)
+    same_weights(one, two)
+    same_rows(one, two)
+    sizes = [rank["size"] for each in (one, two) for rank in each.ranks]
+    assert all(size == sizes[0] for size in sizes)
+    assert sizes[0]["megabytes"] <= 0.025 and len({layer["bits"] for layer in sizes[0]["layers"]}) > 1
+    betas = [name for name in one.state if name.endswith("waveq.beta")]
+    assert betas and all(float(one.state[name]) == int(one.state[name]) <= 8 for name in betas)
+
+
+@pytest.mark.parametrize("config", ["multi_cpu", "fsdp2", "zero3"])
+def test_learned_bits_resume_where_they_were(run, config):
+    options = ("--waveq", "--optim", "adamw_torch")
+    whole = run(config, *options, "--save")
+    same_weights(whole, run(config, *options, "--resume", str(whole.checkpoint)), atol=0)
+
+
+def test_learned_bits_with_accumulation_equal_one_process(run):
+    options = ("--waveq", "--accumulate")
+    same_weights(run("single_gpu", *options, "2"), run("multi_cpu", *options, "2"))
+
+
 @pytest.mark.parametrize("config", ["multi_cpu", "fsdp2"])
 def test_two_passes_and_averages_equal_one_process(run, config):
     one, two = (run(each, "--satnl", "--asam", "--ema", "--save") for each in ("single_gpu", config))

@@ -40,6 +40,13 @@ SATURATED = {
     "weights": {"method": "noise", "bits": 8},
     "calibration_samples": 8,
 }
+WAVEQ = {
+    "regularizers": {"waveq": {"strength": 10.0, "rise": 1, "fall": 4, "smoothness": 0.3}},
+    "budget": {"megabytes": 0.025},
+    "weights": {"method": "absmax", "bits": 9},
+    "first_last": 8,
+    "calibration_samples": 8,
+}
 SETTINGS = ["fp", "w4", "w3a4", "w3@kmeans/channel/bc", "w4a4@mse/asym/x0.9", "trained"]
 
 
@@ -73,6 +80,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stock", action="store_true", help="a stock Trainer with the callback")
     parser.add_argument("--learned", action="store_true", help="learned steps, noise, and a learning rate for them")
     parser.add_argument("--satnl", action="store_true", help="SatNL, SymReg and KURE")
+    parser.add_argument("--waveq", action="store_true", help="WaveQ with a budget")
     parser.add_argument("--asam", action="store_true", help="two passes a step")
     parser.add_argument("--per_rank", action="store_true", help="two passes, the first of each rank on its own")
     parser.add_argument("--ema", action="store_true", help="averages of the weights")
@@ -228,12 +236,16 @@ def main(options: argparse.Namespace) -> None:
         config = {**LEARNED, "memory": options.memory}
     if options.satnl:
         config = SATURATED
+    if options.waveq:
+        config = WAVEQ
     stock = options.plain or options.stock
     robust = {} if stock else {"sweep": SETTINGS, "scale_lr": 0.01 if options.learned else None}
     if options.lapq:
         robust |= {"sweep": [*SETTINGS, "w3a4@lapq"], "sweep_options": {"lapq_iterations": 1}}
     if not stock and not staged:
         robust["robustq"] = config
+    if options.waveq:
+        robust["bits_lr"] = 0.5
     if options.asam or options.per_rank:
         robust["asam"] = {"rho": 0.5, "per_rank": options.per_rank}
     if options.ema:
@@ -259,6 +271,7 @@ def main(options: argparse.Namespace) -> None:
         result["logs"] = {k: v for log in trainer.state.log_history for k, v in log.items() if k in keys}
     if not options.plain:
         result["checksum"] = checksum(trainer.model)
+        result["size"] = RobustQ.of(trainer.model).size().to_dict()
     end = logits(trainer)
     trainer.save_model(str(out / "final"))
     if options.learned:
