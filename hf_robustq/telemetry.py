@@ -12,7 +12,7 @@ from hf_robustq.functional import fake_quantize, kurtosis
 from hf_robustq.quantizers import Oscillation, Quantizer
 from hf_robustq.regularizers import Regularizer
 from hf_robustq.reparam import network_weight
-from hf_robustq.sharded import held, is_sharded, whole
+from hf_robustq.sharded import held, is_sharded
 from hf_robustq.sites import Site
 
 NEVER = 2**62
@@ -48,6 +48,7 @@ def site_quantization(sites: Sequence[Site]) -> dict[str, dict[str, float]]:
     step      mean over channels
     clipped   share of weights beyond the first and the last level
     largest   max |w|
+    distance  mean |Q(w) - w| / step: 0.25 where weights know nothing of the levels, 0 on them
     oscillating  share of weights that oscillate, where that is watched
     """
     found: dict[str, list[Tensor]] = {}
@@ -55,16 +56,16 @@ def site_quantization(sites: Sequence[Site]) -> dict[str, dict[str, float]]:
         quantizer = site.weight_stages._modules.get("quantizer")
         if not isinstance(quantizer, Quantizer) or not quantizer.uniform or not bool(quantizer.initialized):
             continue
-        with network_weight(site) as weight, whole(quantizer.scale) as scale:
+        with network_weight(site) as weight, quantizer.steps_of(weight) as scale:
             axis, low, high = quantizer.grid.axis, quantizer.low, quantizer.high
             w, step = weight.float(), scale if axis is None else scale.view([-1] + [1] * (weight.dim() - axis - 1))
-            error = (fake_quantize(w, scale, low, high, axis=axis) - w).abs().mean()
+            away = (fake_quantize(w, scale, low, high, axis=axis) - w).abs()
             clipped = ((w < low * step) | (w > high * step)).float().mean()
-            found[site.name] = [error, scale.mean(), clipped, w.abs().amax()]
+            found[site.name] = [away.mean(), scale.mean(), clipped, w.abs().amax(), (away / step).mean()]
             watcher = site.weight_stages._modules.get("oscillation")
             if isinstance(watcher, Oscillation):
                 found[site.name].append(watcher.share)
-    names = ("error", "step", "clipped", "largest", "oscillating")
+    names = ("error", "step", "clipped", "largest", "distance", "oscillating")
     values = [torch.stack(row).tolist() for row in found.values()]
     return {site: dict(zip(names, row, strict=False)) for site, row in zip(found, values, strict=True)}
 
@@ -75,7 +76,7 @@ def means(sites: Sequence[Site], regularized: Sequence[Site]) -> dict[str, float
     mean = {"kurtosis": sum(kurtoses) / len(kurtoses)} if kurtoses else {}
     quantized = site_quantization(sites).values()
     if quantized:
-        for name, key in (("quantization_error", "error"), ("step", "step"), ("clipped", "clipped")):
+        for name, key in (("quantization_error", "error"), ("step", "step"), ("clipped", "clipped"), ("distance",) * 2):
             mean[name] = sum(site[key] for site in quantized) / len(quantized)
         if all("oscillating" in site for site in quantized):
             mean["oscillating"] = sum(site["oscillating"] for site in quantized) / len(quantized)

@@ -24,8 +24,15 @@ import kure_qat  # noqa: E402
 import kure_resnet50  # noqa: E402
 import noise_lsq_resnet  # noqa: E402
 import symreg_satnl  # noqa: E402
+import waveq_vision  # noqa: E402
 
-RECIPES = {"kure": kure_resnet50, "qat": kure_qat, "noise_lsq": noise_lsq_resnet, "symreg_satnl": symreg_satnl}
+RECIPES = {
+    "kure": kure_resnet50,
+    "qat": kure_qat,
+    "noise_lsq": noise_lsq_resnet,
+    "symreg_satnl": symreg_satnl,
+    "waveq": waveq_vision,
+}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -290,6 +297,62 @@ def test_the_symreg_recipe_and_its_second_stage_end_to_end_on_a_tiny_net(tmp_pat
     one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out/ours_kure", "qat/ours"))
     weights = [name for name in one if name.endswith("weight")]
     assert weights and all(torch.allclose(one[name], two[name], rtol=0, atol=1e-6) for name in weights)
+
+
+# epochs of the three phases, batch, rate (Table 4 of the supplement; the damaged cells by its ratio 4:5:3)
+PAPER_WAVEQ = {
+    "simplenet_cifar10": ("simplenet_cifar", [59, 74, 44], 128, 0.001),
+    "vgg11_cifar10": ("vgg11_cifar", [83, 104, 62], 128, 0.0001),
+    "svhn8": ("svhn8", [36, 45, 27], 128, 0.01),
+    "resnet20_paper": ("resnet20_cifar", [32, 40, 24], 128, 0.01),
+    "alexnet_imagenet": ("alexnet.torchvision", [28, 35, 21], 256, 0.01),
+    "resnet18_imagenet": ("resnet18.tv_in1k", [32, 40, 24], 256, 0.01),
+    "mobilenet_imagenet": ("mobilenetv1_100.ra4_e3600_r224_in1k", [41, 52, 31], 256, 0.01),
+}
+
+
+@pytest.mark.parametrize("preset", PAPER_WAVEQ)
+def test_waveq_presets_are_the_papers(preset, tmp_path):
+    model, phases, batch, rate = PAPER_WAVEQ[preset]
+    flags = ["--preset", preset, "--output_dir", str(tmp_path)]
+    recipe, args = parse(waveq_vision.RecipeArguments, CONFIGS, "waveq", flags)
+    assert (recipe.model_name_or_path, recipe.phase_epochs) == (model, phases)
+    assert (args.per_device_train_batch_size, args.learning_rate, args.weight_decay) == (batch, rate, 1e-4)
+    assert args.optim_args == "momentum=0.9" and args.optim == "sgd"
+    config = RobustQConfig.from_dict(waveq_vision.stages(recipe, "with"))
+    (one,) = config.regularizers
+    assert one.options["rise"] * sum(phases) == pytest.approx(phases[0])
+    assert one.options["fall"] * sum(phases) == pytest.approx(sum(phases[:2]))
+    assert config.weights.bits == 9 and config.budget is None and one.options["learn"]
+
+
+def test_waveq_from_scratch_differs_by_the_sine_only(tmp_path):
+    for preset in ("scratch_simplenet", "scratch_resnet20", "scratch_svhn8", "scratch_vgg11"):
+        flags = ["--preset", preset, "--output_dir", str(tmp_path)]
+        recipe, _ = parse(waveq_vision.RecipeArguments, CONFIGS, "waveq", flags)
+        without, own = (waveq_vision.stages(recipe, variant) for variant in ("without", "with"))
+        assert own.pop("regularizers")["waveq"]["learn"] is False and own == without
+        assert own["weights"]["method"] == "dorefa"
+
+
+@pytest.mark.parametrize("method", ["absmax", "dorefa"])
+def test_the_waveq_recipe_end_to_end_on_a_tiny_net(tmp_path, method):
+    small = ["--model_name_or_path", "test_resnet", "--max_steps", "12", "--eval_strategy", "no", "--output_dir", "out"]
+    flags = ["--variants", "without", "with", "--sweep", "fp", "trained", "--method", method, "--pretrain_epochs", "0"]
+    flags += ["--budget_bits", "0", "--budget_megabytes", "0.25", "--weight_bits", "3"]
+    done = run(*small, *flags, cwd=tmp_path, recipe="waveq_vision")
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("| without", "| with"))]
+    assert len(rows) == 2 and all(len(re.findall(r"\d+\.\d\d", row)) == 2 for row in rows)
+    assert "bit-widths are fixed" in done.stdout
+    sizes = re.findall(r"\| ([0-9.]+) of 1.503 in float", done.stdout)
+    assert len(sizes) == 2 and float(sizes[1]) <= 0.25
+    card = (tmp_path / "out" / "with" / "README.md").read_text()
+    assert "## Size, as it was trained" in card and f"| {sizes[1]} of 1.503 in float" in card
+    assert (tmp_path / "out" / "with" / "robustq_bits.png").exists()
+    sweep = json.loads((tmp_path / "out" / "with" / "robustq_sweep.json").read_text())[-1]["rows"]
+    mean = float(re.search(r"bit-widths are fixed, ([0-9.]+) in the mean", done.stdout).group(1))
+    assert {row["setting"]: row["weights"] for row in sweep}["trained"] == pytest.approx(mean, abs=0.006)
 
 
 def picture_folder(folder, size, rows=12):

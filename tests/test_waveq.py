@@ -187,6 +187,8 @@ def test_weights_come_to_lie_on_their_levels():
         place = site.parameter.detach() / site.parameter.detach().abs().max() * (2**quantizer.beta - 1)
         distances.append(float((place - place.round()).abs().mean()))
     names = [site.name for site in plugin.sites]
+    telemetry = plugin.telemetry()
+    assert [telemetry[name]["distance"] for name in names] == pytest.approx(distances, rel=1e-3)
     edges = [distances[names.index(name)] for name in plugin.edges]
     inner = [d for name, d in zip(names, distances, strict=True) if name not in plugin.edges]
     assert all(d > 0.2 for d in edges) and np.mean(inner[:6]) < 0.1

@@ -5,7 +5,8 @@
 
 Writes JSON: of each weight mean, deviation, skewness, kurtosis, symmetry and histogram; under each setting the signal
 to quantization noise (dB) of each weight, the divergence (nats) of each layer's output from the float model's, and the
-metrics with each layer quantized alone and with all others; the sharpness of the model as its own quantizers have it.
+metrics with each layer quantized alone and with all others; of the model's own quantizers the bits, sizes and how far
+weights lie from their levels, and the sharpness of the model as they have it.
 Measured on samples of the evaluation split.
 """
 
@@ -37,7 +38,7 @@ SAID = (
     "calibration_samples",
     "seed",
 )
-PARTS = ("statistics", "sqnr", "divergence", "sensitivity", "sharpness")
+PARTS = ("statistics", "quantizers", "sqnr", "divergence", "sensitivity", "sharpness")
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -113,6 +114,12 @@ def run(args: argparse.Namespace) -> None:
     if "statistics" in args.parts:
         result["statistics"] = weight_statistics(plugin)
         write("statistics of the weights")
+    if "quantizers" in args.parts and plugin.config.weights:
+        telemetry = plugin.telemetry()
+        result["quantizers"], result["size"] = telemetry, plugin.size().to_dict()
+        inner = [one["distance"] for name, one in telemetry.items() if name not in plugin.edges]
+        far = f", {np.mean(inner):.4f} steps from their levels in the mean over layers" if inner else ""
+        write(f"{plugin.size().bits:.2f} bits, {plugin.size().megabytes:.4g} MB{far}")
     for setting in settings:
         own = result.setdefault("settings", {}).setdefault(setting.name, {})
         steps = Steps(plugin, calibration=calibration, forward=lambda: call(plugin.model, batches[0]))

@@ -268,6 +268,7 @@ class RobustQ:
 
         quantization_error   mean |Q(w) - w|
         step, clipped        the mean step, and the share of weights beyond the outer levels
+        distance             mean |Q(w) - w| in steps
         oscillating          the share of weights that go back and forth between two levels, where that is watched
         largest_weight       max |w| of any
         bits, beta           of the layers whose bits are learned; megabytes: of the whole model
@@ -275,7 +276,7 @@ class RobustQ:
         return {**means(self.sites, self.regularized), **self.bits.metrics()}
 
     def telemetry(self) -> dict[str, dict[str, float]]:
-        """By weight, where it has a quantizer: {"error", "step", "clipped", "largest"} (see `metrics`)."""
+        """By weight, where it has a quantizer: {"error", "step", "clipped", "largest", "distance"} (see `metrics`)."""
         return site_quantization(self.sites)
 
     @property

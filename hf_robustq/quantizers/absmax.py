@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -35,14 +37,21 @@ class Absmax(VariableBits):
         last = 2.0 ** beta.ceil() - 1
         return -last, last
 
+    def steps_of(self, weight: Tensor) -> AbstractContextManager[Tensor]:
+        return nullcontext(self._steps(weight))
+
+    @torch.no_grad()
+    def _steps(self, x: Tensor) -> Tensor:
+        over = [d for d in range(x.dim()) if self.grid.axis is None or d != self.grid.axis % x.dim()]
+        largest = x.abs().amax(over).to(working_dtype(x)).view(-1)
+        return (largest / (2.0**self.beta - 1)).clamp(min=SMALLEST)
+
     def quantize(self, x: Tensor) -> Tensor:
         options = self.options(x)
         if self.stretch is not None or self.other_steps is not None:  # a sweep's
             return fake_quantize(x, self.steps, self.low, self.high, **options)
+        steps = self._steps(x)
         with torch.no_grad():
-            over = [d for d in range(x.dim()) if self.grid.axis is None or d != self.grid.axis % x.dim()]
-            largest = x.abs().amax(over).to(working_dtype(x)).view(-1)
-            steps = (largest / (2.0**self.beta - 1)).clamp(min=SMALLEST)
             self.scale.copy_(steps)
         # nothing lies beyond the outer levels, and what lies on them is to have a gradient
         return fake_quantize(x, steps, self.low - 1, self.high + 1, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -130,6 +131,10 @@ class Quantizer(Stage, ABC):
         if self.other_steps is not None:
             return self.other_steps
         return self.scale if self.stretch is None else self.scale * self.stretch
+
+    def steps_of(self, weight: Tensor) -> AbstractContextManager[Tensor]:  # noqa: ARG002
+        """`scale`, whole, as it is for this whole weight."""
+        return whole(self.scale)
 
     def steps_along(self, x: Tensor) -> Tensor:
         """`scale`, a constant, in the shape that broadcasts along its axis of `x`."""
