@@ -1,11 +1,11 @@
-"""What KURE, SymReg, SatNL and ASAM cost: float32 training steps of one network, interleaved in one process.
+"""What KURE, SymReg, WaveQ, SatNL and ASAM cost: float32 training steps of one network, interleaved in one process.
 
     python benchmarks/step_cost.py [--sizes 64 224] [--accumulate 16] [--repeats 5] [--model resnet50] [--batch 16]
 
 A step is `--accumulate` micro-batches of `--batch` images and one optimizer step. Prints a Markdown table of medians of
 paired ratios to the step of the model without the plugin, beside those of an equal one, and writes them as JSON with
 --json FILE. "watch" is the look for non-finite weights that the callbacks add to a step; "inside" the time within the
-gradient of SymReg, as a share of the step.
+gradient of a regularizer, as a share of its step.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from hf_robustq import ASAM, RobustQ
-from hf_robustq.regularizers import SymReg
+from hf_robustq.regularizers import KURE, Regularizer, SymReg, WaveQ
 
 CASES: dict[str, dict[str, Any] | None] = {
     "float": None,
@@ -32,6 +32,8 @@ CASES: dict[str, dict[str, Any] | None] = {
     "SymReg": {"regularizers": {"sym1": {}}},
     "KURE": {"regularizers": {"kure": {}}},
     "KURE, watch": {"regularizers": {"kure": {}}},
+    "absmax": {"weights": {"method": "absmax", "bits": 9}},
+    "absmax, WaveQ": {"weights": {"method": "absmax", "bits": 9}, "regularizers": {"waveq": {}}, "budget": {"bits": 4}},
     "ASAM": None,
     "SatNL, SymReg, ASAM": {"satnl": {}, "regularizers": {"sym1": {}}},
 }
@@ -59,7 +61,7 @@ def prepare(
         start = time.perf_counter()
         for i in range(accumulate):
             if plugin is not None:
-                plugin.step(0.0, first=i == 0, accumulating=accumulate > 1)
+                plugin.step(0.5, first=i == 0, index=10_000, accumulating=accumulate > 1)
             twice(once) if twice else once()
         if plugin is not None and "watch" in name:
             plugin.watch.look(0)
@@ -72,21 +74,24 @@ def prepare(
     return step
 
 
-def inside_symreg(step: Callable[[], float]) -> float:
-    """The share of a step spent in the gradient of SymReg."""
-    spent, original = [], SymReg.gradient
+INSIDE = {"KURE": KURE, "SymReg": SymReg, "absmax, WaveQ": WaveQ}
 
-    def timed(self: SymReg, *args: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+
+def inside(step: Callable[[], float], method: type[Regularizer]) -> float:
+    """The share of a step spent in the gradient of a regularizer."""
+    spent, original = [], method.gradient
+
+    def timed(self: Regularizer, *args: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         start = time.perf_counter()
         result = original(self, *args)
         spent.append(time.perf_counter() - start)
         return result
 
-    SymReg.gradient = timed
+    method.gradient = timed
     try:
         whole = step()
     finally:
-        SymReg.gradient = original
+        method.gradient = original
     return sum(spent) / whole
 
 
@@ -106,7 +111,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names = ["float", *(name for name in options.cases if name != "float")]
     print(f"{options.model}, {options.accumulate} x {options.batch} images, float32, {device}\n")
-    print(f"| image | float ms | {' | '.join(names[1:])} | inside SymReg |\n|{'---|' * (len(names) + 2)}")
+    timed = [name for name in INSIDE if name in names]
+    heads = ["image", "float ms", *names[1:], *(f"inside {INSIDE[name].__name__}" for name in timed)]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     results = []
     for size in options.sizes:
         torch.manual_seed(0)
@@ -120,10 +127,10 @@ def main() -> None:
         turns = [{name: step() for name, step in steps.items()} for _ in range(options.repeats)]
         plain = statistics.median(turn["float"] for turn in turns) * 1e3
         ratios = {name: statistics.median(turn[name] / turn["float"] for turn in turns) for name in names[1:]}
-        share = inside_symreg(steps["SymReg"]) if "SymReg" in steps else 0.0
-        cells = " | ".join(f"{ratio:.3f}" for ratio in ratios.values())
-        print(f"| {size} | {plain:.1f} | {cells} | {share:.1%} |", flush=True)
-        results.append({"size": size, "float_ms": plain, "ratios": ratios, "inside_symreg": share})
+        shares = {name: inside(steps[name], INSIDE[name]) for name in timed}
+        cells = [f"{plain:.1f}", *(f"{ratio:.3f}" for ratio in ratios.values()), *(f"{s:.1%}" for s in shares.values())]
+        print(f"| {size} | {' | '.join(cells)} |", flush=True)
+        results.append({"size": size, "float_ms": plain, "ratios": ratios, "inside": shares})
     if options.json:
         facts = {"model": options.model, "batch": options.batch, "accumulate": options.accumulate, "device": device}
         facts |= {"torch": torch.__version__, "machine": platform.processor()}
