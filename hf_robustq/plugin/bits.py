@@ -56,9 +56,9 @@ class Budget:
         """The measure at these bits."""
         return self.fixed + sum(c * b for c, b in zip(self.costs, bits, strict=True))
 
-    def excess(self, bits: Tensor) -> Tensor:
-        """How many bits a layer are too many, in the mean over what they cost; 0-dim, from [n]."""
-        return (bits @ bits.new_tensor(self.costs) + (self.fixed - self.limit)) / sum(self.costs)
+    def excess(self, bits: Tensor, costs: Tensor) -> Tensor:
+        """How many bits a layer are too many, in the mean over what they cost; 0-dim, from [n] each."""
+        return (bits @ costs + (self.fixed - self.limit)) / sum(self.costs)
 
     def within(self, betas: Sequence[float], sign_bits: int, lowest: int) -> list[int]:
         """ceil(beta) + sign_bits, and of those that exceed the limit fewer: first where beta is lost the least of.
@@ -85,7 +85,7 @@ class LearnedBits:
         self.news = ""
         """What is to be said of the bits that have just been fixed."""
         self._budget: Budget | None = None
-        self._scale: Tensor | None = None
+        self._costs: Tensor | None = None  # of the budget, where betas are
 
     def stages(self) -> dict[str, WaveQ]:
         """By the name of the weight."""
@@ -141,10 +141,10 @@ class LearnedBits:
             return torch.full_like(betas, stage.beta_strength * stage.pulse)
         assert self.plugin.config.weights is not None
         done = (stage.time(moment) - stage.rise) / (RAMP * (stage.fall - stage.rise))
-        start = budget.excess(torch.full_like(betas, self.plugin.config.weights.bits))
-        allowed = start * min(max(1 - done, 0.0), 1.0)
-        costs = betas.new_tensor(budget.costs)
-        excess = budget.excess(betas + stage.quantizer.sign_bits)
+        costs = self._costs = betas.new_tensor(budget.costs) if self._costs is None else self._costs
+        start = budget.at([self.plugin.config.weights.bits] * len(budget.costs)) - budget.limit
+        allowed = start / sum(budget.costs) * min(max(1 - done, 0.0), 1.0)
+        excess = budget.excess(betas + stage.quantizer.sign_bits, costs)
         return (excess - allowed).clamp(min=0) * stage.pulse * costs / costs.mean()
 
     def _fix(self, betas: list[float]) -> None:

@@ -69,12 +69,8 @@ class VariableBits(Quantizer):
 
 @torch.no_grad()
 def follow(quantizers: Sequence[VariableBits], betas: Tensor) -> None:
-    """`follow` of several with [n] betas."""
-    kinds = {type(quantizer) for quantizer in quantizers}
-    for kind in kinds:
-        some = [i for i, quantizer in enumerate(quantizers) if type(quantizer) is kind]
-        own = betas[some]
-        low, high = kind.ends(own)
-        for name, values in (("beta", own), ("low", low), ("high", high)):
-            for i, value in zip(some, values.unbind(), strict=True):
-                getattr(quantizers[i], name).copy_(value)
+    """`follow` of several, which are of one method, with [n] betas."""
+    low, high = quantizers[0].ends(betas)
+    for name, values in (("beta", betas), ("low", low), ("high", high)):
+        for quantizer, value in zip(quantizers, values.unbind(), strict=True):
+            getattr(quantizer, name).copy_(value)
