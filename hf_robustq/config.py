@@ -100,6 +100,11 @@ class RegularizerConfig:
         if self.every < 1:
             raise ValueError(f"{self.method}: every must be at least 1, got {self.every!r}")
 
+    @property
+    def learns_bits(self) -> bool:
+        """Whether it learns the bits of weights."""
+        return self.method == "waveq" and bool(self.options.get("learn", True))
+
     def fits(self, weights: QuantizerConfig | None) -> bool:
         """Whether it works on weights with this quantizer."""
         known = REGULARIZERS[self.method].works_with
@@ -185,6 +190,8 @@ class RobustQConfig:
             raise ValueError("oscillations: needs weights with a quantizer that rounds to steps, such as lsq")
         if self.budget is not None:
             self._check_budget()
+        if self.oscillations != "ignore" and any(one.learns_bits for one in self.regularizers):
+            raise ValueError("oscillations: levels move while waveq learns bits: set it to ignore, or learn to false")
         if self.satnl is not None and self.oscillations == "freeze":
             raise ValueError("satnl: weights cannot be frozen on the levels beyond it: watch oscillations, or drop one")
         names = [regularizer.method for regularizer in self.regularizers]
@@ -199,8 +206,8 @@ class RobustQConfig:
             raise ValueError(
                 f"budget: one of bits, megabytes, bit_operations and a positive number, got {self.budget!r}"
             )
-        if not any(one.method == "waveq" and one.options.get("learn", True) for one in self.regularizers):
-            raise ValueError("budget: bits are learned by the regularizer waveq: add it")
+        if not any(one.learns_bits for one in self.regularizers):
+            raise ValueError("budget: bits are learned by the regularizer waveq: add it, with learn: true")
 
     def requantized(self, weights: QuantizerConfig | None, activations: QuantizerConfig | None) -> Self:
         """With other quantizers, and without what does not go with them."""
@@ -211,7 +218,7 @@ class RobustQConfig:
             weights=weights,
             activations=activations,
             regularizers=left,
-            budget=self.budget if any(one.method == "waveq" for one in left) else None,
+            budget=self.budget if any(one.learns_bits for one in left) else None,
             oscillations=self.oscillations if rounds else "ignore",
         )
 

@@ -153,6 +153,7 @@ class ImageArguments:
     train_split: str = "train"
     eval_split: str | None = field(default=None, metadata={"help": "default: validation, valid or test"})
     image_size: int | None = field(default=None, metadata={"help": "default: what the weights were trained with"})
+    flip: bool = field(default=True, metadata={"help": "mirror training images of up to 64 pixels; not for digits"})
     pretrain_epochs: float = field(default=0.0, metadata={"help": "first train in float, shared by the variants"})
     pretrain_learning_rate: float = 0.1
     warmup_epochs: float = field(default=0.0, metadata={"help": "the learning rate rises from 0 for so many epochs"})
@@ -187,7 +188,7 @@ def image_task(arguments: ImageArguments, seed: int) -> tuple[Any, Any, Any, str
         model, source = image_classifier(arguments.model_name_or_path, splits[-1], arguments.new_head)
         how = preprocessing(model)
         how["image_size"] = arguments.image_size or how["image_size"]
-        train, evaluation = image_datasets(*splits, **how, seed=seed)
+        train, evaluation = image_datasets(*splits, **how, seed=seed, flip=arguments.flip)
     if arguments.weights:
         load_weights(model, arguments.weights)
         source = arguments.weights

@@ -7,8 +7,8 @@ Without arguments: a timm ResNet-18 on scikit-learn's handwritten digits, its bi
     accelerate launch recipes/waveq_vision.py --learn false --weight_bits 3 --variants without with
     accelerate launch recipes/waveq_vision.py --preset resnet20_cifar10 --dataset_name <cifar10 folder>
 
-"without" is training with the same quantizer and bits, and no regularizer. The three phases, in epochs, are
-`--phase_epochs`: the task alone; with the sine, bits learned; bits fixed, weights snapping to their levels.
+"without" is training with the same quantizer and bits, and no regularizer. `--phases` shares the epochs out: the task
+alone; with the sine, bits learned; bits fixed, weights snapping to their levels.
 Every TrainingArguments flag works, and wins over the preset's.
 """
 
@@ -32,12 +32,12 @@ class RecipeArguments(ImageArguments):
     activation_bits: int = field(default=0, metadata={"help": "0: inputs stay float; else LSQ, or with dorefa its own"})
     first_last: str = field(default="8", metadata={"help": "first and last layer: same, 8 or float"})
     learn: bool = field(default=True, metadata={"help": "learn the bits of each weight, from 8 (and a sign) down"})
-    budget_bits: float = field(default=0.0, metadata={"help": "mean of the learned bits at most; 0: no such budget"})
+    budget_bits: float = field(default=0.0, metadata={"help": "of learned bits, in the mean; 0: no budget"})
     budget_megabytes: float = 0.0
     budget_bit_operations: float = 0.0
     strength: float = field(default=20.0, metadata={"help": "lambda_w times the number of weights"})
     beta_strength: float = field(default=0.05, metadata={"help": "lambda_beta, where there is no budget"})
-    phase_epochs: list[float] = field(default_factory=lambda: [4.0, 5.0, 3.0], metadata={"help": "of the three phases"})
+    phases: list[float] = field(default_factory=lambda: [4.0, 5.0, 3.0], metadata={"help": "ratio of their epochs"})
     smoothness: float = field(default=0.01, metadata={"help": "of their edges, a share of the training"})
     bits_lr: float = field(default=0.05, metadata={"help": "learning rate of the bits"})
 
@@ -53,7 +53,7 @@ def stages(recipe: RecipeArguments, variant: str) -> dict[str, Any]:
         method = "dorefa" if recipe.method == "dorefa" else "lsq"
         config["activations"] = {"method": method, "bits": recipe.activation_bits}
     if variant == "with":
-        first, second, third = recipe.phase_epochs
+        first, second, third = recipe.phases
         total = first + second + third
         phases = {"rise": first / total, "fall": (first + second) / total, "smoothness": recipe.smoothness}
         options = {"strength": recipe.strength, "beta_strength": recipe.beta_strength, "learn": recipe.learn}
@@ -67,9 +67,8 @@ def stages(recipe: RecipeArguments, variant: str) -> dict[str, Any]:
 def main() -> None:
     recipe, args = parse(RecipeArguments, Path(__file__).parent / "configs", "waveq")
     check_known(recipe.variants, ["without", "with"], "variant")
-    if len(recipe.phase_epochs) != 3:
-        raise ValueError(f"--phase_epochs takes three numbers, got {len(recipe.phase_epochs)}")
-    args.num_train_epochs = sum(recipe.phase_epochs)
+    if len(recipe.phases) != 3 or min(recipe.phases) < 0 or not sum(recipe.phases):
+        raise ValueError(f"--phases takes three numbers, such as 4 5 3, got {recipe.phases}")
     run = ImageRun(recipe, args)
     results: dict[str, Sweep] = {}
     for variant in recipe.variants:
@@ -79,7 +78,7 @@ def main() -> None:
             print(f"\n{variant}:\n{trainer.robustq.size()}")
     bits = {f"budget of {name}": limit for name in MEASURES if (limit := getattr(recipe, f"budget_{name}"))}
     facts = {"weights": recipe.method, **(bits if recipe.learn else {"bits": recipe.weight_bits})}
-    run.report(results, {**facts, "lambda": recipe.strength, "phases": recipe.phase_epochs})
+    run.report(results, {**facts, "lambda": recipe.strength, "phases": recipe.phases})
 
 
 if __name__ == "__main__":

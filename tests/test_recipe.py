@@ -316,7 +316,8 @@ def test_waveq_presets_are_the_papers(preset, tmp_path):
     model, phases, batch, rate = PAPER_WAVEQ[preset]
     flags = ["--preset", preset, "--output_dir", str(tmp_path)]
     recipe, args = parse(waveq_vision.RecipeArguments, CONFIGS, "waveq", flags)
-    assert (recipe.model_name_or_path, recipe.phase_epochs) == (model, phases)
+    assert (recipe.model_name_or_path, recipe.phases, args.num_train_epochs) == (model, phases, sum(phases))
+    assert recipe.flip == (preset != "svhn8")  # a mirrored digit is none
     assert (args.per_device_train_batch_size, args.learning_rate, args.weight_decay) == (batch, rate, 1e-4)
     assert args.optim_args == "momentum=0.9" and args.optim == "sgd"
     config = RobustQConfig.from_dict(waveq_vision.stages(recipe, "with"))

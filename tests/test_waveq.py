@@ -54,17 +54,18 @@ def test_the_closed_form_is_the_gradient(method, variant, count):
     one = stage(method, 3.3, variant=variant)
     w, grad = 0.4 * torch.randn(count).double(), torch.randn(count).double()
     pull, strength = torch.tensor(0.07).double(), torch.tensor(1.7).double()
-    of_w, none, _, of_beta = one._to_parameters(grad, strength, w, one.quantizer.beta.double(), pull, one.beta)
+    unit = torch.tensor(0.3).double()
+    of_w, *none, of_beta = one._to_parameters(grad, strength, w, one.quantizer.beta.double(), pull, unit, one.beta)
     inputs = w.clone().requires_grad_(), torch.tensor(float(one.quantizer.beta)).double().requires_grad_()
     unit = torch.tanh(inputs[0]) if method == "dorefa" else inputs[0]
     unit = unit / unit.detach().abs().max()
     last = 2 ** inputs[1] - (variant > 0) * 1
     odd, every = torch.cos(math.pi * unit * last / 2) ** 2, torch.sin(math.pi * unit * last) ** 2
     penalty = (odd if method == "dorefa" else every).mean() / [1, 2 ** inputs[1], 4 ** inputs[1]][variant]
-    expected = torch.autograd.grad(strength * (penalty + pull * inputs[1]), inputs)
-    assert none is None
-    torch.testing.assert_close(of_w - grad, expected[0], rtol=1e-6, atol=1e-12)
-    assert float(of_beta) == pytest.approx(float(expected[1]), rel=1e-5)
+    expected = torch.autograd.grad(penalty + pull * inputs[1], inputs)
+    assert none == [None] * 3
+    torch.testing.assert_close(of_w - grad, strength * expected[0], rtol=1e-6, atol=1e-12)
+    assert float(of_beta) == pytest.approx(0.3 * float(expected[1]), rel=1e-5)
     assert float(one.penalty(w, one.quantizer.beta)) == pytest.approx(float(penalty.detach()))
 
 
@@ -88,11 +89,12 @@ def test_the_sine_is_zero_exactly_on_the_levels_of_the_quantizer(method, beta):
         levels = torch.atanh(levels.double() * math.tanh(2.0)).float()
     assert len(levels) == (2 * 2**beta - 1 if method == "absmax" else 2**beta)
     assert float(one.penalty(levels, one.quantizer.beta)) < 1e-6
-    x = (levels[:-1] + levels[1:]) / 2 if method == "absmax" else None
-    if x is not None:
-        with_end = torch.cat([x, torch.tensor([2.0])])  # the largest weight is on the last level
-        expected = len(x) / len(with_end) / 2**beta
-        assert float(one.penalty(with_end, one.quantizer.beta)) == pytest.approx(expected, rel=1e-5)
+    shape = torch.tanh if method == "dorefa" else lambda x: x
+    back = torch.atanh if method == "dorefa" else lambda x: x
+    between = back((shape(levels[:-1]) + shape(levels[1:])) / 2)
+    with_end = torch.cat([between, torch.tensor([2.0])])  # the largest weight is on the last level
+    expected = len(between) / len(with_end) / 2**beta
+    assert float(one.penalty(with_end, one.quantizer.beta)) == pytest.approx(expected, rel=1e-4)
 
 
 def test_levels_follow_a_beta_between_whole_numbers():
@@ -137,7 +139,7 @@ def test_schedules_are_those_of_the_figure():
     assert in_shares.share == pytest.approx(0.880797, abs=1e-6)
 
 
-def trained(config, steps=120, model=None, batch=None, bits_lr=0.05, lr=0.02, accumulate=1):
+def trained(config, steps=120, model=None, batch=None, bits_lr=0.5, lr=0.02, accumulate=1):
     torch.manual_seed(0)
     model, batch = model or resnet(), batch or images()
     plugin = RobustQ(model.train(), config)
@@ -153,8 +155,8 @@ def trained(config, steps=120, model=None, batch=None, bits_lr=0.05, lr=0.02, ac
             plugin.bits.news = ""
         optimizer.step()
         optimizer.zero_grad()
+        plugin.after_optimizer_step()
         betas.append({name: float(one.beta.detach()) for name, one in plugin.bits.stages().items()})
-    plugin.after_optimizer_step()
     return plugin, news, betas
 
 
@@ -166,9 +168,8 @@ def test_three_phases():
     assert all(beta < 7.5 for beta in betas[end - 1].values())
     fixed = {name: float(one.quantizer.beta) for name, one in plugin.bits.stages().items()}
     assert all(beta == math.ceil(betas[end - 1][name]) for name, beta in fixed.items())
-    for row in betas[end + 1 :]:
-        assert row.keys() == fixed.keys()
     assert {name: float(one.beta.detach()) for name, one in plugin.bits.stages().items()} == fixed
+    assert all(row == fixed for row in betas[end:])
     assert [i for i, _ in news] == [end]
     for name, beta in fixed.items():
         assert f"{name} {beta + 1:.0f}" in news[0][1]
@@ -195,7 +196,7 @@ def test_weights_come_to_lie_on_their_levels():
 
 
 @pytest.mark.parametrize(
-    "budget", [{"bits": 4}, {"bits": 5.5}, {"megabytes": 0.2}, {"bit_operations": 6e8}, {"bits": 2}]
+    "budget", [{"bits": 4}, {"bits": 5.5}, {"megabytes": 0.25}, {"bit_operations": 6e8}, {"bits": 3}]
 )
 @pytest.mark.parametrize("method", ["absmax", "dorefa"])
 def test_a_budget_is_met(budget, method):
@@ -205,10 +206,11 @@ def test_a_budget_is_met(budget, method):
     learned = [layer for layer in plugin.size().layers if layer.name in betas[0]]
     got = np.mean([layer.bits for layer in learned]) if measure == "bits" else getattr(plugin.size(), measure)
     assert got <= limit * (1 + 1e-6)
+    assert measure != "bits" or got > limit - 0.5  # and it is used
     before = {**betas[89]}
     sign = learned and plugin.bits.stages()[learned[0].name].quantizer.sign_bits
     for layer in learned:  # and what was learned had come near it by itself
-        assert layer.bits - sign - before[layer.name] > -1
+        assert measure != "bits" or layer.bits - sign - before[layer.name] > -1
     if measure != "bits":
         smallest = min(layer.megabytes / layer.bits for layer in learned)
         assert got > limit * 0.8 or all(layer.bits == 2 for layer in learned), smallest
@@ -381,3 +383,120 @@ def test_the_minima_of_theorem_2(minima, nearest):
     errors = [abs(end - nearest) for end in ends]
     assert errors == sorted(errors, reverse=True) and errors[-1] <= 1e-4 < errors[0]
     assert abs(ends[0] * 3 - round(ends[0] * 3)) < 0.05  # and of a large one to a level
+
+
+@pytest.mark.parametrize("steps", [60, 120])
+@pytest.mark.parametrize("bits_lr", [0.05, 0.5])
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_a_budget_is_neither_missed_nor_overshot(steps, bits_lr, kind):
+    """Whatever the optimizer; where learning alone is too slow the bits still are within it."""
+    torch.manual_seed(0)
+    plugin = RobustQ(resnet().train(), {**CONFIG, "budget": {"bits": 4}})
+    plugin.calibrate([images()], run)
+    groups = plugin.parameter_groups(0.0, None, bits_lr)
+    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9) if kind == "sgd" else torch.optim.AdamW(groups, lr=1e-4)
+    for i in range(steps):
+        plugin.step(i / steps, first=True, index=i)
+        run(plugin.model, images()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        plugin.after_optimizer_step()
+    assert 3.5 <= plugin.metrics()["bits"] <= 4 and not plugin.bits.learning()
+
+
+def test_a_limit_that_every_layer_meets_exactly_is_no_error():
+    for count in range(1, 200):
+        assert Budget("bits", 2.0, 0.0, (1 / count,) * count).holds([2] * count)
+
+
+def test_layers_that_join_later_learn_what_the_budget_has_left():
+    """Of two layers one is fixed at 6 bits: four in the mean leave two for the other."""
+    plugin = RobustQ(resnet().train(), {**CONFIG, "budget": {"bits": 4}})
+    plugin.calibrate([images()], run)
+    stages = list(plugin.bits.stages().values())
+    half = len(stages) // 2
+    for one in stages[:half]:
+        one.fix(5.0)
+    stages = dict(list(plugin.bits.stages().items()))
+    budget = plugin.bits.budget()
+    left = (4 * len(stages) - 6 * half) / (len(stages) - half)
+    assert budget.holds([left] * (len(stages) - half)) and not budget.holds([left + 0.01] * (len(stages) - half))
+    plugin.step(0.5, first=True, index=1000)
+    plugin.step(0.9, first=True, index=1001)
+    assert plugin.metrics()["bits"] <= 4 and not plugin.bits.learning()
+
+
+def test_bits_taken_over_for_good_are_not_learned_again():
+    plugin, _, _ = trained({**CONFIG, "budget": {"bits": 4}}, steps=60)
+    plugin.change_bits(12, None)
+    state = copy.deepcopy(plugin.model.state_dict())
+    for i in range(10):
+        plugin.step(0.4 + i / 100, first=True, index=1000 + i)
+        run(plugin.model, images()).loss.backward()
+    assert {layer.bits for layer in plugin.size().layers} == {12, 8}
+    plugin.model.load_state_dict(state)
+    plugin.restored()
+    assert "w12" in repr(plugin) and "w9" not in repr(plugin)
+
+
+def test_other_bits_in_the_middle_of_learning_keep_the_range():
+    plugin = RobustQ(resnet().train(), CONFIG)
+    plugin.calibrate([images()], run)
+    site = plugin.sites[3]
+    quantizer, w = site.weight_stages.quantizer, site.parameter.detach()
+    quantizer.follow(torch.tensor(2.3))
+    before = quantizer(w)
+    quantizer.set_bits(5)
+    torch.testing.assert_close(quantizer(w), (w / w.abs().max() * 15).round() / 15 * w.abs().max())
+    quantizer.set_bits(None)
+    assert torch.equal(quantizer(w), before)
+
+
+def test_a_compiled_layer_is_compiled_once_for_all_bits():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    models = []
+    for beta in range(1, 7):
+        one = stage(beta=float(beta))
+        one.train()
+        one.active = True
+        one.strength.fill_(1.0)
+        one.fix(float(beta))
+        models.append(one)
+    for one in models:
+        compiled = torch.compile(one, backend=counter, fullgraph=True)
+        compiled(torch.randn(8, 8, requires_grad=True)).sum().backward()
+    assert counter.frame_count <= 2
+
+
+def test_what_waveq_does_not_go_with_is_refused():
+    with pytest.raises(ValueError, match="oscillations: levels move while waveq learns bits"):
+        RobustQ(resnet(), {**CONFIG, "oscillations": "watch"})
+    with pytest.raises(ValueError, match="waveq: with dorefa .* remove narrow"):
+        RobustQ(resnet(), {**CONFIG, "weights": {"method": "dorefa", "bits": 8, "narrow": True}})
+    plugin = RobustQ(resnet().train(), CONFIG)
+    plugin.calibrate([images()], run)
+    plugin.step(0.5, first=True, index=1000)
+    with torch.no_grad():
+        next(iter(plugin.bits.stages().values())).beta.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="the bits of timm_model.* are nan"):
+        plugin.step(0.9, first=True, index=1001)
+
+
+def test_sizes_by_hand():
+    """Two convolutions and a linear layer on 8x8 images; biases and norms count in float."""
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 6, 3, stride=2, groups=2),
+        torch.nn.Flatten(), torch.nn.Linear(54, 5),
+    )  # fmt: skip
+    config = {"weights": {"bits": 4}, "activations": {"bits": 8}, "first_last": "same"}
+    plugin = RobustQ(net, config)
+    plugin.calibrate([torch.randn(7, 3, 8, 8)], lambda model, x: model(x))
+    first, second, last = plugin.size().layers
+    assert (first.weights, second.weights, last.weights) == (108, 108, 270)
+    assert (first.macs, second.macs, last.macs) == (108 * 64, 108 * 9, 270)
+    assert first.bit_operations == 108 * 64 * 4 * 8
+    others = 4 + 4 * 4 + 6 + 5
+    assert plugin.size().others == others
+    assert plugin.size().megabytes == pytest.approx((486 * 4 + 3 * 32 + others * 32) / 8e6)
+    assert plugin.size().float_megabytes == pytest.approx((486 + others) * 32 / 8e6)

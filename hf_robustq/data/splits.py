@@ -123,11 +123,12 @@ def image_datasets(
     std: Sequence[float],
     interpolation: str = "bilinear",
     seed: int = 0,
+    flip: bool = True,
 ) -> "tuple[ImageDataset, ImageDataset] | tuple[LazyImageDataset, LazyImageDataset]":
     """(train, eval) of the splits and columns that `load_image_splits` found.
 
     Up to 64 pixels the images are decoded once and stay in memory, and training shifts them by up to 1/8 of
-    their size and mirrors them; larger ones are decoded on access, with ImageNet's transforms.
+    their size and, with `flip`, mirrors them; larger ones are decoded on access, with ImageNet's transforms.
     """
     how = {"num_labels": len(labels), "mean": mean, "std": std, "seed": seed}
     if image_size > IN_MEMORY_SIZE:
@@ -137,6 +138,6 @@ def image_datasets(
     first = train.with_format(None)[0][image].size
     resize = None if first == (image_size, image_size) else image_size
     return (
-        ImageDataset(*decode_images(train, image, label, resize), padding=image_size // 8, flip=True, **how),
+        ImageDataset(*decode_images(train, image, label, resize), padding=image_size // 8, flip=flip, **how),
         ImageDataset(*decode_images(evaluation, image, label, resize), **how),
     )

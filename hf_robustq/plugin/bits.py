@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,11 +37,16 @@ class Budget:
     costs: tuple[float, ...]
 
     @classmethod
-    def of(cls, measure: str, limit: float, found: Size, learning: Sequence[str]) -> Budget:
-        """For the layers `learning`, by name. "bits" is their mean; the other two are of the whole model."""
+    def of(cls, measure: str, limit: float, found: Size, learning: Sequence[str], fixed: Sequence[str] = ()) -> Budget:
+        """For the layers `learning`, by name; of those that were learned, `fixed` count at their bits.
+
+        "bits" is the mean of both; the other two are of the whole model.
+        """
         layers = {layer.name: layer for layer in found.layers}
         if measure == "bits":
-            return cls(measure, limit, 0.0, tuple(1 / len(learning) for _ in learning))
+            count = len(learning) + len(fixed)
+            rest = sum(layers[name].bits for name in fixed) / count
+            return cls(measure, limit, rest, (1 / count,) * len(learning))
         if measure == "megabytes":
             costs = tuple(layers[name].weights / 8e6 for name in learning)
         else:
@@ -49,12 +54,16 @@ class Budget:
                 if not layers[name].macs:
                     raise ValueError(f"budget: the products with {name} are not counted, as its module is not called")
             costs = tuple(layers[name].macs * layers[name].activation_bits for name in learning)
-        fixed = getattr(found, measure) - sum(c * layers[name].bits for c, name in zip(costs, learning, strict=True))
-        return cls(measure, limit, fixed, costs)
+        rest = getattr(found, measure) - sum(c * layers[name].bits for c, name in zip(costs, learning, strict=True))
+        return cls(measure, limit, rest, costs)
 
     def at(self, bits: Sequence[float]) -> float:
         """The measure at these bits."""
         return self.fixed + sum(c * b for c, b in zip(self.costs, bits, strict=True))
+
+    def holds(self, bits: Sequence[float]) -> bool:
+        """Whether the limit is kept, but for rounding."""
+        return self.at(bits) <= self.limit * (1 + 1e-6)
 
     def excess(self, bits: Tensor, costs: Tensor) -> Tensor:
         """How many bits a layer are too many, in the mean over what they cost; 0-dim, from [n] each."""
@@ -66,8 +75,7 @@ class Budget:
         That is where beta lies closest above the next whole number, for what a bit of this layer costs.
         """
         bits = [math.ceil(beta) + sign_bits for beta in betas]
-        slack = 1e-6 * abs(self.limit)
-        while self.at(bits) > self.limit + slack:
+        while not self.holds(bits):
             lost = [
                 ((beta + sign_bits - (b - 1)) / cost, i)
                 for i, (beta, b, cost) in enumerate(zip(betas, bits, self.costs, strict=True))
@@ -84,74 +92,91 @@ class LearnedBits:
         self.plugin = plugin
         self.news = ""
         """What is to be said of the bits that have just been fixed."""
-        self._budget: Budget | None = None
-        self._costs: Tensor | None = None  # of the budget, where betas are
+        self._budget: tuple[tuple[str, ...], Budget, Tensor] | None = None
 
     def stages(self) -> dict[str, WaveQ]:
         """By the name of the weight."""
         found = carriers(self.plugin.sites, "waveq")
         return {site.name: stage for site, stage in found if isinstance(stage, WaveQ) and stage.learn}
 
+    def learning(self) -> dict[str, WaveQ]:
+        """Those whose bits are not fixed yet."""
+        return {name: stage for name, stage in self.stages().items() if stage.fixed is None}
+
     def budget(self) -> Budget | None:
         """Raises `ValueError` for one that cannot be met; call it after calibration, which counts products."""
-        stages = self.stages()
-        if self._budget is None and self.plugin.config.budget and stages:
+        stages, learning = self.stages(), self.learning()
+        if not self.plugin.config.budget or not learning:
+            return None
+        if self._budget is None or self._budget[0] != tuple(learning):
             ((measure, limit),) = self.plugin.config.budget.items()
-            budget = Budget.of(measure, limit, size(self.plugin.model, self.plugin.sites), list(stages))
-            least = budget.at([stage.lowest + stage.quantizer.sign_bits for stage in stages.values()])
-            if least > limit:
+            found, fixed = size(self.plugin.model, self.plugin.sites), [name for name in stages if name not in learning]
+            budget = Budget.of(measure, limit, found, list(learning), fixed)
+            fewest = [stage.lowest + stage.quantizer.sign_bits for stage in learning.values()]
+            if not budget.holds(fewest):
                 raise ValueError(
                     f"budget: {measure} of {limit:g} cannot be met, even with the fewest bits everywhere: "
-                    f"the nearest that can is {least:.6g}"
+                    f"the nearest that can is {budget.at(fewest):.6g}"
                 )
-            self._budget = budget
-        return self._budget
+            like = next(iter(learning.values())).quantizer.beta
+            self._budget = tuple(learning), budget, like.new_tensor(budget.costs)
+        return self._budget[1]
+
+    def check(self) -> None:
+        """After calibration: raise `ValueError` for a budget that cannot be met, and warn of bits nobody learns."""
+        self.budget()
+        held = [site.name for site in self.plugin.sites if not site.parameter.requires_grad]
+        held = [name for name in held if name not in self.plugin.edges] if self.stages() else []
+        if held:
+            logger.warning("weights that do not train learn no bits, and keep those of the config: %s", ", ".join(held))
 
     def check_phases(self, steps: int) -> None:
         """Raise `ValueError` where phases do not fit a run of so many optimizer steps."""
-        for stage in list(self.stages().values())[:1]:
-            if stage.fixed is None:
-                stage.check_phases(steps)
+        for stage in list(self.learning().values())[:1]:
+            stage.check_phases(steps)
 
     @torch.no_grad()
-    def step(self, moment: Moment) -> None:
-        """Before the first micro-batch of an optimizer step."""
-        stages = [stage for stage in self.stages().values() if stage.fixed is None]
-        if not stages:
+    def step(self, moment: Moment, check: bool) -> None:
+        """Before the first micro-batch of an optimizer step; `check`: the moment tells how many there will be."""
+        learning = self.learning()
+        first = next(iter(learning.values()), None)
+        if first is None or not first.share:  # before phase 2 nothing moves
             return
-        first = stages[0]
-        if moment.progress > 0 and moment.step > 0:
+        if check and moment.progress > 0 and moment.step > 0:
             first.check_phases(round(moment.step / moment.progress))
-        betas = single_values([stage.beta for stage in stages])
+        betas = single_values([stage.beta for stage in learning.values()])
         if first.time(moment) >= first.fall:
-            self._fix(betas.tolist())
+            self._fix(learning, betas.tolist())
             return
-        follow([stage.quantizer for stage in stages], betas)
-        pulls = self._pulls(first, betas, moment)
-        for stage, pull in zip(stages, pulls.unbind(), strict=True):
+        follow([stage.quantizer for stage in learning.values()], betas)
+        for stage, pull in zip(learning.values(), self._pulls(first, betas, moment).unbind(), strict=True):
             stage.pull.copy_(pull)
 
     def _pulls(self, stage: WaveQ, betas: Tensor, moment: Moment) -> Tensor:
-        """lambda_beta of each weight: the config's, or the slope of (max(0, excess - what is allowed by now))^2 / 2.
+        """lambda_beta of each weight: the config's; under a budget excess - allowed, shared out as the costs are.
 
-        Allowed is what there was at the beginning, less and less of it, and none from the middle of phase 2.
+        Allowed is what there was at the beginning, less and less of it, and none from the middle of phase 2. A step of
+        gradient descent with rate r takes the share r off the excess, however unequal the costs.
         """
         budget = self.budget()
-        if budget is None:
+        if budget is None or self._budget is None:
             return torch.full_like(betas, stage.beta_strength * stage.pulse)
         assert self.plugin.config.weights is not None
+        costs = self._budget[2]
         done = (stage.time(moment) - stage.rise) / (RAMP * (stage.fall - stage.rise))
-        costs = self._costs = betas.new_tensor(budget.costs) if self._costs is None else self._costs
-        start = budget.at([self.plugin.config.weights.bits] * len(budget.costs)) - budget.limit
-        allowed = start / sum(budget.costs) * min(max(1 - done, 0.0), 1.0)
+        start = (budget.at([self.plugin.config.weights.bits] * len(budget.costs)) - budget.limit) / sum(budget.costs)
+        allowed = max(start, 0.0) * min(max(1 - done, 0.0), 1.0)
         excess = budget.excess(betas + stage.quantizer.sign_bits, costs)
-        return (excess - allowed).clamp(min=0) * stage.pulse * costs / costs.mean()
+        return (excess - allowed) * stage.pulse * costs * (costs.sum() / costs.square().sum())
 
-    def _fix(self, betas: list[float]) -> None:
+    def _fix(self, learning: Mapping[str, WaveQ], betas: list[float]) -> None:
         """Phase 3 begins: ceil(beta) from now on, or less where the budget wants it."""
-        stages, budget = self.stages(), self.budget()
-        first = next(iter(stages.values()))
-        sign, bits = first.quantizer.sign_bits, [math.ceil(b) + first.quantizer.sign_bits for b in betas]
+        for name, beta in zip(learning, betas, strict=True):
+            if not math.isfinite(beta):
+                raise FloatingPointError(f"the bits of {name} are {beta}: lower bits_lr, or the learning rate")
+        first = next(iter(learning.values()))
+        sign, budget = first.quantizer.sign_bits, self.budget()
+        bits = [math.ceil(beta) + sign for beta in betas]
         if budget is not None:
             bits = budget.within(betas, sign, first.lowest + sign)
             if min(b - sign - beta for b, beta in zip(bits, betas, strict=True)) <= -1:
@@ -159,10 +184,11 @@ class LearnedBits:
                     "bits came down by more than one where they were fixed: what was learned did not meet the budget "
                     "(raise bits_lr, or give phase 2 more steps)"
                 )
-        for stage, b in zip(stages.values(), bits, strict=True):
+        for stage, b in zip(learning.values(), bits, strict=True):
             stage.fix(b - sign)
-        names = ", ".join(f"{name} {b}" for name, b in zip(stages, bits, strict=True))
+        names = ", ".join(f"{name} {b}" for name, b in zip(learning, bits, strict=True))
         self.news = f"bit-widths are fixed, {sum(bits) / len(bits):.2f} in the mean: {names}"
+        logger.info(self.news)
 
     def metrics(self) -> dict[str, float]:
         """{"bits", "beta"}: means over the layers that learn; {"megabytes"} of the whole model."""

@@ -41,7 +41,7 @@ from hf_robustq.telemetry import FiniteWatch, means, site_quantization
 
 logger = logging.getLogger(__name__)
 
-BITS_LR = 0.01
+BITS_LR = 0.05
 """Learning rate of bit-widths where none is given: bits an optimizer step under Adam."""
 
 
@@ -158,7 +158,7 @@ class RobustQ:
         self._observe(batches, forward, need_inputs=self.config.activations is not None)
         self._initialize()
         self._share()
-        self.bits.budget()
+        self.bits.check()
         self.calibrated = True
 
     def observe(self, batches: Iterable[Any], forward: Forward, activations: bool = False) -> None:
@@ -311,7 +311,7 @@ class RobustQ:
         rate = {} if scale_lr is None else {"lr": scale_lr}
         groups = [
             {"params": [p for p in own if id(p) not in bits], "weight_decay": 0.0, **rate},
-            {"params": [p for p in own if id(p) in bits], "weight_decay": 0.0, "lr": bits_lr},
+            {"params": [p for p in own if id(p) in bits], "weight_decay": 0.0, "lr": bits_lr, "momentum": 0.0},
         ]
         return [group for group in groups if group["params"]]
 
@@ -402,8 +402,8 @@ class RobustQ:
             bits = wanted[quantizer.role]
             if bits is not None and quantizer.site not in self.edges:
                 quantizer.change_bits(bits)
-        for stage in self.bits.stages().values():
-            stage.bind(stage.quantizer)
+        for stage in self.bits.stages().values() if weights is not None else ():
+            stage.fix(weights - stage.quantizer.sign_bits)
         changes = {}
         for name, bits in (("weights", weights), ("activations", activations)):
             if bits is not None:
@@ -411,7 +411,7 @@ class RobustQ:
                 if own is None:
                     raise ValueError(f"the model has no quantizers of its {name}: there is no clip range to keep")
                 changes[name] = replace(own, bits=bits)
-        self.config = replace(self.config, **changes)
+        self.config = replace(self.config, **changes, budget=None)
         mark(self)
 
     @property

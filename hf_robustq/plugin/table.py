@@ -16,7 +16,7 @@ def table(sites: Iterable[Site], left_out: Iterable[LeftOut], float_inputs: Iter
         bits = []
         for letter, sequence in (("w", site.weight_stages), ("a", site.activation_stages)):
             quantizer = next((stage for stage in sequence if isinstance(stage, Quantizer)), None)
-            bits.append(f"{letter}{quantizer.grid.bits}" if quantizer else "")
+            bits.append(f"{letter}{quantizer.bits}" if quantizer else "")
         shape = "x".join(str(size) for size in site.shape)
         rows.append((site.name, shape, " ".join(stages) or "-", "".join(bits) or "float"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]

@@ -48,6 +48,7 @@ class Training:
     ) -> None:
         if first is None:
             first = bool(GradientState().sync_gradients)
+        said = index is not None
         if first:
             index = (self._moment.step + 1 if self._moment else 0) if index is None else index
             self.after_optimizer_step()
@@ -58,7 +59,7 @@ class Training:
             seed = self.plugin.config.seed
             self._moment = Moment(progress=progress, step=index, learning_rate=learning_rate, seed=seed)
             self._at()
-            self.bits.step(self._moment)
+            self.bits.step(self._moment, check=said)
         else:
             self._next_micro_batch()
         for regularizer in self.plugin.config.regularizers:
@@ -69,7 +70,7 @@ class Training:
                 stage.active = due and factor * stage.share > 0
                 if stage.active:
                     strength = factor * stage.share / weight_probe(site).uses[0]
-                    stage.strength.copy_(strength if scaler is None else scaler.scale(strength))
+                    stage.carry(strength if scaler is None else scaler.scale(strength), factor)
 
     def end_micro_batch(self) -> None:
         for stage in stages(self.plugin.sites):

@@ -37,6 +37,11 @@ class Absmax(VariableBits):
         last = 2.0 ** beta.ceil() - 1
         return -last, last
 
+    def set_bits(self, bits: int | None) -> None:
+        super().set_bits(bits)
+        if bits is not None:  # the range is the largest weight's, between whole numbers of bits too
+            self.stretch = (2 ** float(self.beta) - 1) / float(self.high)
+
     def steps_of(self, weight: Tensor) -> AbstractContextManager[Tensor]:
         return nullcontext(self._steps(weight))
 

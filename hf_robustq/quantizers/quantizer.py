@@ -193,7 +193,7 @@ class Quantizer(Stage, ABC):
 
     def extra_repr(self) -> str:
         axis = "" if self.grid.axis is None else f", axis={self.grid.axis}"
-        return f"bits={self.grid.bits}, levels={int(self.low)}..{int(self.high)}{axis}"
+        return f"bits={self.bits}, levels={int(self.low)}..{int(self.high)}{axis}"
 
 
 def identity(x: Tensor) -> tuple[int, int]:

@@ -98,10 +98,17 @@ class Regularizer(Stage, ABC):
             of_w, *of_theta = torch.autograd.grad(self.penalty(*inputs) * strength, inputs)
         return grad_output + of_w.to(grad_output.dtype), *(g.to(t.dtype) for g, t in zip(of_theta, theta, strict=True))
 
+    def carry(self, strength: Tensor | float, factor: float) -> None:  # noqa: ARG002
+        """Take the strength of this optimizer step, of which `factor` is lambda * schedule / number of weights."""
+        if isinstance(strength, Tensor):
+            self.strength.copy_(strength)
+        else:
+            self.strength.fill_(strength)
+
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and torch.is_grad_enabled()):
+        if not torch.is_grad_enabled():
             return x
-        if self.active:
+        if self.active and self.training:
             return self.attach(x, self.strength)
         learned = list(self.parameters())
         return _Connect.apply(x, *learned) if learned else x

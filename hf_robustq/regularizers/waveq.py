@@ -77,8 +77,8 @@ class WaveQ(Regularizer):
     R(w, beta) = mean sin^2(pi * x * (2^beta - 1)) / 2^beta + lambda_beta * beta,   x = w / max|w|
 
     With `absmax`, whose levels are n / (2^beta - 1), ceil(beta) + 1 storage bits. With `dorefa` x = tanh(w) /
-    max|tanh(w)|, the sine is zero at its levels (2n + 1) / (2^beta - 1), and there are ceil(beta) storage bits. max|w|
-    is a constant to the gradient.
+    max|tanh(w)|, the sine is zero at (2n + 1) / (2^beta - 1), its levels for a whole beta, and there are ceil(beta)
+    storage bits. max|w| is a constant to the gradient.
 
     learn          learn beta, from the bits of the quantizer's config down; False: those bits from beginning to end
     variant        R1, which is above; 0: sin^2(pi * x * 2^beta), 2: R1 over 2^beta once more
@@ -89,14 +89,16 @@ class WaveQ(Regularizer):
                    f = (1 + tanh((i - rise or fall) / smoothness)) / 2
                    All three in shares of the training, or with `fall` above 1 in optimizer steps
 
-    Choice: the average over weights where the paper sums: its lambda_w = 1 is `strength` = their number. beta stays
-    within [1, 8] ([2, 8] with dorefa); from `fall` on it is ceil(beta) whatever the optimizer does.
+    Choice: `strength` is averaged over the weights, where the paper sums: its lambda_w = 1 is their number. It does not
+    act on beta, whose gradient is dR/dbeta as above, so that bits move alike at any strength. beta stays within [1, 8]
+    ([2, 8] with dorefa); from `fall` on it is ceil(beta) whatever the optimizer does.
     """
 
     works_with = ("absmax", "dorefa")
 
     beta: Tensor
     pull: Tensor
+    unit: Tensor
     frozen: Tensor
 
     def __init__(
@@ -122,12 +124,14 @@ class WaveQ(Regularizer):
         self.rise, self.fall, self.smoothness = rise, fall, smoothness
         self.odd, self.lowest = False, 1
         self.fixed: float | None = None
+        self.learning = learn
         beta = torch.full((1,), float(HIGHEST))
         if learn:
             self.beta = nn.Parameter(beta)
         else:
             self.register_buffer("beta", beta)
         self.register_buffer("pull", torch.zeros(()), persistent=False)
+        self.register_buffer("unit", torch.zeros(()), persistent=False)
         self.register_buffer("frozen", torch.tensor(not learn))
 
     @torch.no_grad()
@@ -144,8 +148,10 @@ class WaveQ(Regularizer):
                 f"waveq: beta is learned within {self.lowest} to {HIGHEST} and would begin at {beta}: "
                 f"let weights begin at {MIN_BITS} to {high} bits"
             )
+        if self.odd and quantizer.grid.narrow:
+            raise ValueError("waveq: with dorefa the levels are those of a full grid: remove narrow from weights")
         self.beta.fill_(beta)
-        self.fixed = None if self.learn else beta
+        self.fixed, self.learning = None if self.learn else beta, self.learn
         quantizer.varies = self.learn
 
     def at(self, moment: Moment) -> None:
@@ -172,7 +178,11 @@ class WaveQ(Regularizer):
         return (self.quantizer.beta,)
 
     def attach(self, x: Tensor, strength: Tensor) -> Tensor:
-        return add_gradient(self._to_parameters, strength, x, *self.theta(), self.pull, *self.parameters())
+        return add_gradient(self._to_parameters, strength, x, *self.theta(), self.pull, self.unit, *self.parameters())
+
+    def carry(self, strength: Tensor | float, factor: float) -> None:
+        super().carry(strength, factor)
+        self.unit.copy_(self.strength / factor)
 
     def penalty(self, w: Tensor, *theta: Tensor) -> Tensor:
         """The mean sine, of beta; lambda_beta * beta comes on top."""
@@ -183,20 +193,27 @@ class WaveQ(Regularizer):
     def gradient(self, grad_output: Tensor, strength: Tensor, w: Tensor, *theta: Tensor) -> tuple[Tensor | None, ...]:
         (beta,) = theta
         order = memory_order(w)
-        options = self.variant, self.odd, self.fixed is None
+        options = self.variant, self.odd, self.learning
         flat, slope = flatten(w, order), flatten(grad_output, order)
         of_w, of_beta = _fused_add_gradient(flat, slope, strength, beta.reshape(()), *options)
         of_beta = torch.zeros_like(beta) if of_beta is None else of_beta.to(beta.dtype).view_as(beta)
         return unflatten(of_w, w.shape, order), of_beta
 
     def _to_parameters(
-        self, grad_output: Tensor, strength: Tensor, w: Tensor, beta: Tensor, pull: Tensor, *parameters: Tensor
+        self,
+        grad_output: Tensor,
+        strength: Tensor,
+        w: Tensor,
+        beta: Tensor,
+        pull: Tensor,
+        unit: Tensor,
+        *parameters: Tensor,
     ) -> tuple[Tensor | None, ...]:
         """The gradient of what the quantizer has for beta goes to the parameter, with lambda_beta."""
         of_w, of_beta = self.gradient(grad_output, strength, w, beta)
         assert of_beta is not None
-        total = of_beta if self.fixed is not None else of_beta + strength * pull
-        return of_w, None, None, *(total.to(p.dtype).view_as(p) for p in parameters)
+        total = (of_beta / strength + pull) * unit if self.learning else of_beta
+        return of_w, None, None, None, *(total.to(p.dtype).view_as(p) for p in parameters)
 
     @torch.no_grad()
     def project(self) -> None:
@@ -207,7 +224,7 @@ class WaveQ(Regularizer):
 
     def fix(self, beta: float) -> None:
         """From now on beta is what the quantizer has."""
-        self.fixed = beta
+        self.fixed, self.learning = beta, False
         self.frozen.fill_(True)
         self.quantizer.follow(torch.tensor(beta))
         self.project()
@@ -215,9 +232,10 @@ class WaveQ(Regularizer):
     def restored(self) -> None:
         """Take over what was loaded. Raises `ValueError` for a beta that cannot be."""
         beta = float(self.quantizer.beta)
-        if self.learn and not self.lowest <= beta <= HIGHEST:
+        frozen = bool(self.frozen)
+        if not frozen and not self.lowest <= beta <= HIGHEST:
             raise ValueError(f"beta is {beta:g}, outside {self.lowest} to {HIGHEST}")
-        self.fixed = beta if bool(self.frozen) else None
+        self.fixed, self.learning = (beta, False) if frozen else (None, True)
 
     def extra_repr(self) -> str:
         return f"learn={self.learn}, variant={self.variant}, rise={self.rise:g}, fall={self.fall:g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from transformers import TrainerCallback
 
 from hf_robustq.plugin import RobustQ
 from hf_robustq.plugin.publish import differs, load_state
+
+logger = logging.getLogger(__name__)
 
 
 class RobustQCallback(TrainerCallback):
@@ -48,11 +51,25 @@ class RobustQCallback(TrainerCallback):
                 "Trainer does not know: use RobustTrainer, or RobustQMixin before your Trainer class"
             )
         self.plugin.bits.check_phases(state.max_steps)
+        if args.load_best_model_at_end and self.plugin.bits.learning():
+            raise ValueError(
+                "load_best_model_at_end may bring back a model whose bits are not fixed yet: leave it out while waveq "
+                "learns bits"
+            )
         self.plugin.agree()
         self.plugin.check_optimizer(kwargs.get("optimizer"))
         self.plugin.watch.reset()
         own = {id(p) for p in self.plugin.own_parameters().values()}
         optimizer = kwargs.get("optimizer")
+        bits = {id(stage.beta) for stage in self.plugin.bits.stages().values()}
+        for group in getattr(optimizer, "param_groups", ()):
+            if bits & {id(p) for p in group["params"]} and any(id(p) not in own for p in group["params"]):
+                warnings.warn(
+                    "bit-widths, numbers up to 8, have the learning rate of the weights and hardly move: use "
+                    "RobustTrainer, or pass optimizers=(an optimizer of plugin.parameter_groups(weight_decay), None)",
+                    stacklevel=2,
+                )
+                break
         for group in getattr(optimizer, "param_groups", ()):
             if group.get("weight_decay") and any(id(p) in own for p in group["params"]):
                 warnings.warn(
@@ -104,6 +121,8 @@ class RobustQCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         self.plugin.end_micro_batch()
+        if self.plugin.bits.learning():
+            logger.warning("training ended before bits were fixed: a budget is not met, nor do weights lie on levels")
         if args.load_best_model_at_end and state.best_model_checkpoint is not None and differs(self.plugin):
             load_state(self.plugin, state.best_model_checkpoint)
         self.plugin.watch.check(state.global_step)
