@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from hf_robustq import RobustQ, Row, Setting, Sweep, robustness, sweep
-from hf_robustq.plugin.training import quantizers
+from hf_robustq.plugin.stages import quantizers
 from hf_robustq.scales import Sample, absmax, mse
 from hf_robustq.sweep import chunked, curves, load_sweeps, save_sweeps
 from tests.zoo import images, resnet, run
