@@ -36,7 +36,7 @@ def mean_penalties(sites: Sequence[Site]) -> dict[str, float]:
         for name, stage in site.weight_stages.named_children():
             if isinstance(stage, Regularizer):
                 with network_weight(site) as weight:
-                    penalties.setdefault(name, []).append(stage.penalty(weight, *stage.theta()).float())
+                    penalties.setdefault(name, []).append(stage.penalty(weight, *stage.penalty_arguments()).float())
     return {name: float(torch.stack(values).nanmean()) for name, values in penalties.items()}
 
 

@@ -80,7 +80,7 @@ class Regularizer(Stage, ABC):
         """Told the quantizer of the same weight, where it works with one."""
         object.__setattr__(self, "quantizer", quantizer)
 
-    def theta(self) -> tuple[Tensor, ...]:
+    def penalty_arguments(self) -> tuple[Tensor, ...]:
         """What the penalty depends on besides the weight."""
         return tuple(self.parameters())
 
@@ -115,4 +115,4 @@ class Regularizer(Stage, ABC):
 
     def attach(self, x: Tensor, strength: Tensor) -> Tensor:
         """`x`, with the gradient of the penalty behind it."""
-        return add_gradient(self.gradient, strength, x, *self.theta())
+        return add_gradient(self.gradient, strength, x, *self.penalty_arguments())

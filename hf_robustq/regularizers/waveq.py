@@ -174,11 +174,13 @@ class WaveQ(Regularizer):
                 f"fall={self.fall:g}"
             )
 
-    def theta(self) -> tuple[Tensor, ...]:
+    def penalty_arguments(self) -> tuple[Tensor, ...]:
         return (self.quantizer.beta,)
 
     def attach(self, x: Tensor, strength: Tensor) -> Tensor:
-        return add_gradient(self._to_parameters, strength, x, *self.theta(), self.pull, self.unit, *self.parameters())
+        return add_gradient(
+            self._to_parameters, strength, x, *self.penalty_arguments(), self.pull, self.unit, *self.parameters()
+        )
 
     def carry(self, strength: Tensor | float, factor: float) -> None:
         super().carry(strength, factor)
