@@ -17,7 +17,7 @@ from hf_robustq.stage import Stage
 
 
 class Saturating(NamedTuple):
-    """An odd function with slope 1 at 0, falling slope and range (-1, 1); its slope; its inverse."""
+    """An odd function with slope 1 at 0, falling slope and range (-1, 1); its slope, of its value; its inverse."""
 
     value: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
@@ -25,11 +25,11 @@ class Saturating(NamedTuple):
 
 
 SATURATING = {
-    "tanh": Saturating(torch.tanh, lambda u: 1 - torch.tanh(u) ** 2, torch.atanh),
-    "softsign": Saturating(lambda u: u / (1 + u.abs()), lambda u: (1 + u.abs()) ** -2, lambda y: y / (1 - y.abs())),
+    "tanh": Saturating(torch.tanh, lambda y: 1 - y**2, torch.atanh),
+    "softsign": Saturating(lambda u: u / (1 + u.abs()), lambda y: (1 - y.abs()) ** 2, lambda y: y / (1 - y.abs())),
     "arctan": Saturating(
         lambda u: torch.atan(u * (math.pi / 2)) * (2 / math.pi),
-        lambda u: 1 / (1 + (u * (math.pi / 2)) ** 2),
+        lambda y: torch.cos(y * (math.pi / 2)) ** 2,
         lambda y: torch.tan(y * (math.pi / 2)) * (2 / math.pi),
     ),
 }
@@ -44,9 +44,9 @@ def _saturate(v: Tensor, d: Tensor, function: str) -> Tensor:
     return out
 
 
-def _through(v: Tensor, grad: Tensor, d: Tensor, function: str) -> Tensor:
-    out = torch.empty_like(v)
-    for part, g, o in zip(chunks(v), chunks(grad), chunks(out), strict=True):
+def _through(w: Tensor, grad: Tensor, d: Tensor, function: str) -> Tensor:
+    out = torch.empty_like(w)
+    for part, g, o in zip(chunks(w), chunks(grad), chunks(out), strict=True):
         o.copy_(SATURATING[function].slope(part.to(d.dtype) / d) * g)
     return out
 
@@ -55,22 +55,23 @@ _fused_saturate, _fused_through = fused(_saturate), fused(_through)
 
 
 class _Saturate(torch.autograd.Function):
-    """d * f(v / d), which keeps nothing but the stored weight for its backward: f'(v / d) times the gradient."""
+    """w = d * f(v / d), which keeps nothing but w, as its consumer does: f'(v / d) times the gradient is of w / d."""
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, d: Tensor, function: str) -> Tensor:
-        ctx.save_for_backward(v, d)
-        ctx.function = function
         order = memory_order(v)
-        return unflatten(_fused_saturate(flatten(v, order), d, function), v.shape, order)
+        w = unflatten(_fused_saturate(flatten(v, order), d, function), v.shape, order)
+        ctx.save_for_backward(w, d)
+        ctx.function = function
+        return w
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        v, d = ctx.saved_tensors
-        order = memory_order(v)
-        with no_autocast(v):
-            of_v = _fused_through(flatten(v, order), flatten(grad, order), d, ctx.function)
-        return unflatten(of_v, v.shape, order), None, None
+        w, d = ctx.saved_tensors
+        order = memory_order(w)
+        with no_autocast(w):
+            of_v = _fused_through(flatten(w, order), flatten(grad, order), d, ctx.function)
+        return unflatten(of_v, w.shape, order), None, None
 
 
 class SatNL(Stage):

@@ -95,7 +95,12 @@ class ASAM:
             for parameter in parameters.values():
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         moves = [
-            (held(p), held(p.grad), self.eta if self.adaptive and "weight" in name else None, share_held(p))
+            (
+                held(p),
+                held(p.grad),
+                self.eta if self.adaptive and "weight" in name else None,
+                share_held(p) if in_pieces else 1.0,  # of a sum over the ranks
+            )
             for name, p in parameters.items()
             if p.grad is not None and name not in self.exclude
         ]

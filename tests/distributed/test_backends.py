@@ -48,7 +48,7 @@ def same_weights(one, other, atol=1e-6):
     assert one.state.keys() == other.state.keys()
     for name, value in one.state.items():
         if name.endswith("probe.counts"):  # of the last sweep: what lies on the edge of a bin may fall to either side
-            assert value.sum() == other.state[name].sum() and (value - other.state[name]).abs().sum() <= 10
+            assert value.sum() == other.state[name].sum() and (value - other.state[name]).abs().sum() <= 10, name
             continue
         rtol = 1e-6 if name.endswith("probe.range") else 0
         torch.testing.assert_close(other.state[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
@@ -212,7 +212,12 @@ def test_every_quantizer_tensor_is_equal_across_ranks(run, config):
 @pytest.mark.parametrize("config", ["multi_cpu", *SHARDED])
 def test_a_training_step_has_no_collective_more_than_the_float_run(run, config):
     ours, plain = run(config, "--save", "--optim", "sgd"), run(config, "--plain")
-    assert plain.ranks[0]["collectives"] and ours.ranks[0]["collectives"] == plain.ranks[0]["collectives"]
+    own, floats = ours.ranks[0]["collectives"], plain.ranks[0]["collectives"]
+    assert floats and own.keys() == floats.keys()
+    if config == "zero3":  # parameters that it lets persist may be at hand already
+        assert all(own[name] <= count for name, count in floats.items())
+    else:
+        assert own == floats
 
 
 @pytest.mark.parametrize("config", SHARDED)
