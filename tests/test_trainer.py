@@ -23,7 +23,7 @@ from hf_robustq.metrics import compute_accuracy
 from hf_robustq.sweep import load_sweeps
 from hf_robustq.sweep.batch_norm import batch_norms
 from hf_robustq.trainer.batches import some_of
-from hf_robustq.trainer.mixin import check_section
+from hf_robustq.trainer.optimizer import check_section
 from tests.zoo import bert, gpt2, resnet, tokens
 
 KURE = RobustQConfig.from_dict({"regularizers": {"kure": {"strength": 2.0}}, "calibration_samples": 8})

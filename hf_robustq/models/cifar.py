@@ -1,5 +1,7 @@
 """What the networks that timm lacks have in common: their head, and timm's record of a network for CIFAR's images."""
 
+from abc import ABC, abstractmethod
+
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.classifier import create_classifier
 from torch import Tensor, nn
@@ -16,10 +18,10 @@ CIFAR = {
 }
 
 
-class PooledClassifier(nn.Module):
+class PooledClassifier(nn.Module, ABC):
     """Feature maps, pooled and classified; the methods are those timm and transformers' TimmWrapper call.
 
-    A subclass has `forward_features`, to a map of `num_features` channels, and calls `reset_classifier`.
+    A subclass calls `reset_classifier`.
     """
 
     num_features: int
@@ -37,9 +39,9 @@ class PooledClassifier(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
+    @abstractmethod
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last feature map."""
-        raise NotImplementedError
+        """The last feature map, of `num_features` channels."""
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool the last feature map and classify it; stop after pooling if `pre_logits`."""

@@ -156,6 +156,20 @@ def load_state(plugin: RobustQ, folder: str | Path) -> None:
                 plugin.ema.start()
 
 
+def wrap(plugin: RobustQ) -> None:
+    """Give every weight with SatNL the stored values that leave the network as it is."""
+    if plugin.config.satnl is None:
+        return
+    owners: dict[int, list[str]] = {}
+    for prefix, module in plugin.model.named_modules():  # each module once, under however many names
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    for site, _ in saturated(plugin):
+        if len(names := owners[id(site.parameter)]) > 1:
+            raise ValueError(f"satnl: {names[0]} is tied to {names[1]}: add both to exclude, or drop satnl")
+    unfold(plugin, frozenset(site.name for site in plugin.sites))
+
+
 def unfold(plugin: RobustQ, new: frozenset[str] = frozenset()) -> None:
     """The stored weights from the network's, which the parameters hold now; `new` ones are wrapped for the first time.
 

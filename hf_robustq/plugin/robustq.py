@@ -5,21 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Self, cast
 
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from hf_robustq import calibrate as calibration
 from hf_robustq import distributed
-from hf_robustq.calibrate import Forward, input_probe, weight_probe
+from hf_robustq.calibrate import Forward, weight_probe
 from hf_robustq.config import QuantizerConfig, RobustQConfig
 from hf_robustq.optim import EMA
+from hf_robustq.plugin import afterwards
 from hf_robustq.plugin.bits import LearnedBits
-from hf_robustq.plugin.mark import PLUGIN, mark, refuse_quantized, unmark
-from hf_robustq.plugin.publish import published, saturated, unfold
+from hf_robustq.plugin.calibration import Calibration
+from hf_robustq.plugin.mark import PLUGIN, mark, refuse_quantized
+from hf_robustq.plugin.publish import published, saturated, wrap
 from hf_robustq.plugin.stages import (
     activation_stages,
     carriers,
@@ -32,9 +31,8 @@ from hf_robustq.plugin.table import table
 from hf_robustq.plugin.training import Training
 from hf_robustq.quantizers import Quantizer
 from hf_robustq.regularizers import REGULARIZERS
-from hf_robustq.reparam import network_weight
-from hf_robustq.sharded import assign, is_sharded, settle, whole_shape
-from hf_robustq.sites import LeftOut, Site, attach, bake, detach, find_sites, refuse_wrapped
+from hf_robustq.sharded import whole_shape
+from hf_robustq.sites import LeftOut, Site, attach, detach, find_sites, refuse_wrapped
 from hf_robustq.size import Size, size
 from hf_robustq.stage import Stage
 from hf_robustq.telemetry import FiniteWatch, means, site_quantization
@@ -81,8 +79,7 @@ class RobustQ:
         self.ema: EMA | None = None
         self.watch = FiniteWatch(model)
         self.calibrated = False
-        self._training = Training(self)
-        self._unsaved: list[tuple[nn.Module, str]] = []
+        self._training, self._calibration = Training(self), Calibration(self)
         mark(self)
         self.before_wrapping()
 
@@ -107,7 +104,7 @@ class RobustQ:
                 shared[id(site.parameter)] = site.weight_stages  # both ends of a tie get the same stages
                 attached.append(site)
             self._check_regularizers()
-            self._wrap()
+            wrap(self)
         except Exception:
             for site in attached:
                 detach(site)
@@ -124,19 +121,6 @@ class RobustQ:
                     "let it act on some, or drop it"
                 )
 
-    def _wrap(self) -> None:
-        """Give every weight with SatNL the stored values that leave the network as it is."""
-        if self.config.satnl is None:
-            return
-        owners: dict[int, list[str]] = {}
-        for prefix, module in self.model.named_modules():  # each module once, under however many names
-            for name, parameter in module.named_parameters(prefix, recurse=False):
-                owners.setdefault(id(parameter), []).append(name)
-        for site, _ in saturated(self):
-            if len(names := owners[id(site.parameter)]) > 1:
-                raise ValueError(f"satnl: {names[0]} is tied to {names[1]}: add both to exclude, or drop satnl")
-        unfold(self, frozenset(site.name for site in self.sites))
-
     # ---- before training -------------------------------------------------------------------------
 
     def calibrate(self, batches: Iterable[Any], forward: Forward) -> None:
@@ -149,41 +133,16 @@ class RobustQ:
         quantized for layers whose input is never seen, where ranks have different configs, and for a budget that
         cannot be met.
         """
-        self.agree()
-        distributed.broadcast(stage.d for _, stage in saturated(self))
-        if distributed.weights_on_rank_0(self.model):
-            raise RuntimeError(
-                "with cpu_ram_efficient_loading other ranks have no weights yet: calibrate after accelerator.prepare"
-            )
-        self._observe(batches, forward, need_inputs=self.config.activations is not None)
-        self._initialize()
-        self._share()
-        self.bits.check()
+        self._calibration.calibrate(batches, forward)
         self.calibrated = True
 
     def observe(self, batches: Iterable[Any], forward: Forward, activations: bool = False) -> None:
         """Count calls and collect the distribution of every input anew. `activations`: a missing one is an error."""
-        self._observe(batches, forward, need_inputs=activations or self.config.activations is not None)
-        self._share()
+        self._calibration.observe(batches, forward, activations)
 
-    def _observe(self, batches: Iterable[Any], forward: Forward, need_inputs: bool) -> None:
-        count = calibration.observe(self.model, self.sites, batches, forward)
-        settle(self.model)
-        calibration.count_uses(self.sites, count, need_inputs)
-
-    def _initialize(self) -> None:
-        """Set the steps that are not set yet, each by the rule of its config."""
-        weights, activations = self.config.weights, self.config.activations
-        rules = {"weights": weights and weights.scale, "activations": activations and activations.scale}
-        calibration.initialize(self.sites, rules)
-
-    def _share(self) -> None:
-        """Rank 0's steps and statistics on every rank."""
-        stages = list(calibration.stages(self.sites))
-        tensors = (tensor for stage in stages for tensor in (*stage.buffers(), *stage.parameters()))
-        distributed.broadcast(tensor for tensor in tensors if not is_sharded(tensor))
-        for quantizer in quantizers(self.sites):
-            quantizer.restored()
+    def initialize(self) -> None:
+        """Set the steps that are not set yet from what was observed, each by the rule of its config."""
+        self._calibration.initialize()
 
     def before_wrapping(self) -> None:
         """What backends need to know of the stages' tensors; called where the plugin is created and calibrates.
@@ -192,17 +151,11 @@ class RobustQ:
         `cpu_ram_efficient_loading` takes every saved tensor for a sharded parameter (accelerate 1.15): they
         stay out of the state dict until `after_wrapping`.
         """
-        names = {*getattr(self.model, "_ddp_params_and_buffers_to_ignore", ())}
-        names.update(calibration.own_buffers(self.model, self.sites))
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, names)
-        if distributed.weights_on_rank_0(self.model):
-            self._unsaved += calibration.keep_from_saving(self.sites)
+        self._calibration.before_wrapping()
 
     def after_wrapping(self) -> None:
         """The stages' tensors are saved again; called by the first `step`."""
-        while self._unsaved:
-            stage, name = self._unsaved.pop()
-            stage.register_buffer(name, stage._buffers[name], persistent=True)
+        self._calibration.after_wrapping()
 
     def agree(self) -> None:
         """Raise `ValueError`, naming the differences, where ranks have different configs or weights to work on."""
@@ -326,14 +279,6 @@ class RobustQ:
         mark(self)
         return self.ema
 
-    def _adopt_averages(self) -> None:
-        """The averages become the weights, for good."""
-        if self.ema is not None:
-            parameters = dict(self.model.named_parameters())
-            for name, average in self.ema.state_dict()["averages"].items():
-                assign(parameters[name], average)
-            self.ema = None
-
     def averaged(self) -> AbstractContextManager[None]:
         """The model with the averages of its weights, where there are some; afterwards as before, to the bit."""
         return nullcontext() if self.ema is None else self.ema.applied()
@@ -354,20 +299,7 @@ class RobustQ:
         Without `activations` all stages come off, activation quantizers among them: the model is the user's
         own, with quantized weights. With `activations` these stay. Raises `RuntimeError` before calibration.
         """
-        self.check_initialized()
-        self._adopt_averages()
-        baked: set[int] = set()
-        for site in self.sites:
-            inputs, probe = dict(site.activation_stages.named_children()), weight_probe(site)
-            if id(site.parameter) in baked:
-                detach(site)
-            else:
-                baked.add(id(site.parameter))
-                bake(site)
-            if activations:
-                attach(site, {"probe": probe}, inputs)
-        self.config = replace(self.config, satnl=None, weights=None, regularizers=())
-        (mark if activations else unmark)(self)
+        afterwards.bake(self, activations)
         return self.model
 
     def requantized(self, weights: QuantizerConfig | None, activations: QuantizerConfig | None) -> RobustQ:
@@ -375,44 +307,11 @@ class RobustQ:
 
         Takes the place of this plugin, which is detached.
         """
-        self._adopt_averages()
-        observed = {site.name: (weight_probe(site), input_probe(site)) for site in self.sites}
-        bounds = {site.name: stage.d for site, stage in saturated(self)}
-        self._take_off()
-        as_stored = self.config.satnl and replace(self.config.satnl, invert=False)
-        wanted = self.config.requantized(weights, activations)
-        plugin = RobustQ(self.model, replace(wanted, satnl=as_stored))
-        plugin.config = wanted
-        mark(plugin)
-        for site, stage in saturated(plugin):
-            stage.d.copy_(bounds[site.name])
-        for site in plugin.sites:
-            for mine, theirs in zip((weight_probe(site), input_probe(site)), observed[site.name], strict=True):
-                mine.load_state_dict(theirs.state_dict())
-        plugin._initialize()
-        plugin.restored()
-        return plugin
+        return afterwards.requantized(self, weights, activations)
 
     def change_bits(self, weights: int | None, activations: int | None) -> None:
         """The quantizers it has, at other bits within their clip ranges; the edges' stay at 8, None changes nothing."""
-        self.check_initialized()
-        self._adopt_averages()
-        wanted = {"weight": weights, "input": activations}
-        for quantizer in quantizers(self.sites):
-            bits = wanted[quantizer.role]
-            if bits is not None and quantizer.site not in self.edges:
-                quantizer.change_bits(bits)
-        for stage in self.bits.stages().values() if weights is not None else ():
-            stage.fix(weights - stage.quantizer.sign_bits)
-        changes = {}
-        for name, bits in (("weights", weights), ("activations", activations)):
-            if bits is not None:
-                own: QuantizerConfig | None = getattr(self.config, name)
-                if own is None:
-                    raise ValueError(f"the model has no quantizers of its {name}: there is no clip range to keep")
-                changes[name] = replace(own, bits=bits)
-        self.config = replace(self.config, **changes, budget=None)
-        mark(self)
+        afterwards.change_bits(self, weights, activations)
 
     @property
     def reshaped(self) -> bool:
@@ -456,18 +355,7 @@ class RobustQ:
 
         The weights are the float network's: the averages, where there are some, and SatNL folded into them.
         """
-        settle(self.model)
-        self._adopt_averages()
-        for site, _ in saturated(self):
-            with network_weight(site) as weight:
-                values = weight.detach().clone()
-            assign(site.parameter, values)
-        return self._take_off()
-
-    def _take_off(self) -> nn.Module:
-        for site in self.sites:
-            detach(site)
-        unmark(self)
+        afterwards.detach(self)
         return self.model
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_robustq.card import write_card
+from hf_robustq.card import training_settings, write_card
 from hf_robustq.config import RobustQConfig, check_known
 from hf_robustq.optim import ASAM, EMA
 from hf_robustq.optim.asam import UNDER_DEEPSPEED, check_optimizer
@@ -27,6 +27,7 @@ from hf_robustq.schedules import LR_SCHEDULES
 from hf_robustq.sweep import DEFAULT_SETTINGS, Setting, parse_settings
 from hf_robustq.trainer.batches import calibration_batches, forward
 from hf_robustq.trainer.callback import RobustQCallback, several_gpus
+from hf_robustq.trainer.optimizer import check_section, group_apart, learning_rate_factor
 from hf_robustq.trainer.resume import check_config, readable
 from hf_robustq.trainer.sweep_callback import BitWidthSweepCallback
 
@@ -233,7 +234,9 @@ class RobustQMixin(_AnyTrainer):
         if self.lr_schedule is None:
             super().create_scheduler(num_training_steps, optimizer)
         elif self.lr_scheduler is None:
-            factor = self._learning_rate_factor(num_training_steps)
+            epoch = max(1, math.ceil(len(self.get_train_dataloader()) / self.args.gradient_accumulation_steps))
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            factor = learning_rate_factor(self.lr_schedule, num_training_steps, epoch, warmup)
             self.lr_scheduler = LambdaLR(cast(Any, self.optimizer if optimizer is None else optimizer), factor)
             self._created_lr_scheduler = True
         if self._scheduler_state is not None and self._scheduler_state.is_file():
@@ -243,21 +246,6 @@ class RobustQMixin(_AnyTrainer):
             for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
                 group["lr"] = rate
         return self.lr_scheduler
-
-    def _learning_rate_factor(self, num_training_steps: int) -> Callable[[int], float]:
-        assert self.lr_schedule is not None
-        options = {key: value for key, value in self.lr_schedule.items() if key != "name"}
-        schedule = LR_SCHEDULES[self.lr_schedule["name"]]
-        batches = len(self.get_train_dataloader())
-        steps_per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
-        epochs = num_training_steps / steps_per_epoch
-        warmup = self.args.get_warmup_steps(num_training_steps)
-
-        def factor(step: int) -> float:
-            ramp = min(1.0, step / warmup) if warmup else 1.0
-            return ramp * schedule(step / steps_per_epoch, epochs, **options)
-
-        return factor
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Training logs also carry the mean kurtosis and each penalty; the loss stays the task's."""
@@ -302,40 +290,3 @@ class RobustQMixin(_AnyTrainer):
 
 class RobustTrainer(RobustQMixin, Trainer):
     """`Trainer` with a `RobustQ`: calibrates by itself, sweeps after every evaluation, writes the card."""
-
-
-def group_apart(optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> None:
-    """Move parameters of a new optimizer into groups of their own."""
-    chosen = {id(p) for group in groups for p in group["params"]}
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) not in chosen]
-    for group in groups:
-        optimizer.add_param_group(group)
-
-
-def check_section(optimizer: Mapping[str, Any] | None, apart: bool) -> None:
-    """Raise `ValueError` for an optimizer in a DeepSpeed config that would treat learned steps like weights.
-
-    The Trainer gives such an optimizer all parameters in one group.
-    """
-    decay = (optimizer or {}).get("params", {}).get("weight_decay", 0.0)
-    if optimizer is not None and (apart or decay != 0):
-        raise ValueError(
-            "the optimizer of the DeepSpeed config has one group for all parameters, so learned steps would be decayed "
-            "and have no learning rate of their own: take its `optimizer` section out (TrainingArguments' `optim` is "
-            "sharded all the same), or set its weight_decay to 0, and leave scale_lr out and bits as they are"
-        )
-
-
-def training_settings(
-    args: Any, lr_schedule: Mapping[str, Any] | None, scale_lr: float | None, **options: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """The training arguments that a reader needs to repeat the run."""
-    names = ("learning_rate", "weight_decay", "num_train_epochs", "per_device_train_batch_size",
-             "gradient_accumulation_steps", "world_size", "max_grad_norm", "bf16", "fp16")  # fmt: skip
-    settings = {name: getattr(args, name) for name in names}
-    schedule = dict(lr_schedule) if lr_schedule else args.lr_scheduler_type
-    if scale_lr is not None:
-        settings["learning_rate of steps"] = scale_lr
-    settings |= {name: str(dict(values)) for name, values in options.items() if values is not None}
-    return {"optimizer": f"{args.optim} {args.optim_args or ''}".strip(), **settings, "lr_schedule": str(schedule)}
