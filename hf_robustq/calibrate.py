@@ -120,14 +120,21 @@ def rows(batch: Any) -> int:
 def _counting_products(sites: Sequence[Site], totals: dict[int, float]) -> Iterator[None]:
     """Add up the multiply-accumulates with each weight, by the `id` of its probe."""
 
+    modules = {id(site.module): site for site in sites}
+
+    def add(site: Site, places: float) -> None:
+        key = id(weight_probe(site))
+        totals[key] = totals.get(key, 0.0) + places * site.shape.numel()
+
     def count(site: Site, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         result = output[0] if isinstance(output, tuple) else output
         if isinstance(module, nn.Embedding) or not isinstance(result, torch.Tensor):
             return
         transposed = isinstance(module, TRANSPOSED) and inputs
         places = inputs[0].numel() / module.in_channels if transposed else result.numel() / _width(site, module)
-        key = id(weight_probe(site))
-        totals[key] = totals.get(key, 0.0) + places * site.shape.numel()
+        add(site, places)
+        if isinstance(module, nn.MultiheadAttention) and (inner := modules.get(id(module.out_proj))):
+            add(inner, places)  # which it does not call
 
     hooks = [site.module.register_forward_hook(partial(count, site)) for site in sites]
     try:

@@ -206,14 +206,17 @@ def _installed(name: str) -> bool:
 
 
 def training_settings(
-    args: Any, lr_schedule: Mapping[str, Any] | None, scale_lr: float | None, **options: Mapping[str, Any] | None
+    args: Any,
+    lr_schedule: Mapping[str, Any] | None,
+    steps: float | None,
+    bits: float | None,
+    **options: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The training arguments that a reader needs to repeat the run."""
+    """The training arguments that a reader needs to repeat the run; `steps`, `bits`: learning rates of their own."""
     names = ("learning_rate", "weight_decay", "num_train_epochs", "per_device_train_batch_size",
              "gradient_accumulation_steps", "world_size", "max_grad_norm", "bf16", "fp16")  # fmt: skip
     settings = {name: getattr(args, name) for name in names}
     schedule = dict(lr_schedule) if lr_schedule else args.lr_scheduler_type
-    if scale_lr is not None:
-        settings["learning_rate of steps"] = scale_lr
+    settings |= {f"learning_rate of {k}": v for k, v in (("steps", steps), ("bits", bits)) if v is not None}
     settings |= {name: str(dict(values)) for name, values in options.items() if values is not None}
     return {"optimizer": f"{args.optim} {args.optim_args or ''}".strip(), **settings, "lr_schedule": str(schedule)}

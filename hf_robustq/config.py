@@ -34,20 +34,34 @@ def check_known(keys: Iterable[str], known: Iterable[str], what: str) -> None:
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of texts"}
 
 
+def _check_type(name: str, value: Any, default: Any) -> None:
+    """Raise `ValueError` for a value of another type than the default's, where that says which."""
+    kind = type(default)
+    wrong = not isinstance(value, (int, float) if kind is float else kind) or (kind is not bool and value is True)
+    if kind in KINDS and wrong:
+        raise ValueError(f"{name} must be {KINDS[kind]}, got {value!r}")
+
+
 def _check_types(config: Any) -> None:
-    """Raise `ValueError` for a field of another type than its default's."""
+    """`_check_type` of every field."""
     for one in fields(config):
-        kind, value = type(one.default), getattr(config, one.name)
-        wrong = not isinstance(value, (int, float) if kind is float else kind) or (kind is not bool and value is True)
-        if kind is tuple and one.name != "regularizers":
-            wrong |= not isinstance(value, tuple) or not all(isinstance(item, str) for item in value)
-        if kind in KINDS and one.name != "first_last" and wrong:
-            raise ValueError(f"{one.name} must be {KINDS[kind]}, got {value!r}")
+        value = getattr(config, one.name)
+        if one.name != "first_last":
+            _check_type(one.name, value, one.default)
+        if type(one.default) is tuple and one.name != "regularizers" and not all(isinstance(x, str) for x in value):
+            raise ValueError(f"{one.name} must be {KINDS[tuple]}, got {value!r}")
 
 
 def option_names(method: type) -> list[str]:
     """The options a method's constructor takes, besides the grid it is given."""
     return [name for name in inspect.signature(method).parameters if name not in ("grid", "channels", "role")]
+
+
+def _check_options(name: str, method: type, options: Mapping[str, Any]) -> None:
+    """Raise `ValueError` for an option that a method does not take, or not of this type."""
+    check_known(options, option_names(method), f"option of {name}")
+    for key, value in options.items():
+        _check_type(f"{name}: {key}", value, inspect.signature(method).parameters[key].default)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +88,9 @@ class QuantizerConfig:
         check_bits(self.bits)
         check_known([self.method], QUANTIZERS, "quantizer")
         check_known([] if self.scale is None else [self.scale], SCALE_RULES, "scale rule")
-        check_known(self.options, option_names(QUANTIZERS[self.method]), f"option of {self.method}")
+        if self.scale is not None and not QUANTIZERS[self.method].calibrated:
+            raise ValueError(f"{self.method}: has no steps to set by a rule: leave scale out")
+        _check_options(self.method, QUANTIZERS[self.method], self.options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +110,7 @@ class RegularizerConfig:
         _check_types(self)
         check_known([self.method], REGULARIZERS, "regularizer")
         check_known([self.schedule], SCHEDULES, "schedule")
-        check_known(self.options, option_names(REGULARIZERS[self.method]), f"option of {self.method}")
+        _check_options(self.method, REGULARIZERS[self.method], self.options)
         if not 0 <= self.strength < math.inf:
             raise ValueError(f"{self.method}: strength must be 0 or more, got {self.strength!r}")
         if self.every < 1:
@@ -133,8 +149,8 @@ class RobustQConfig:
 
     satnl                a saturating nonlinearity on every weight; None: none
     regularizers         penalties on the weights, in order
-    budget               of bits that WaveQ learns, one of {"bits": 4} (their mean), {"megabytes": 10} and
-                         {"bit_operations": 1e9} (of the whole model, the latter for one sample)
+    budget               of bits that WaveQ learns, one of {"bits": 4} (their mean, each weight counting once),
+                         {"megabytes": 10} and {"bit_operations": 1e9} (of the whole model, the latter for one sample)
     weights              quantizer of the weights in training; None: they train in float
     activations          quantizer of the inputs of the same layers; None: float
     include, exclude     fnmatch patterns of parameter names

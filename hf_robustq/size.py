@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from hf_robustq.calibrate import own_buffers, stages, weight_probe
-from hf_robustq.quantizers import Quantizer
+from hf_robustq.quantizers import QUANTIZERS, Quantizer
 from hf_robustq.sharded import whole_shape
 from hf_robustq.sites import Site
 
@@ -26,7 +26,7 @@ class LayerSize:
     activation_bits  of the layer's input
     steps            number of scales
     macs             multiply-accumulates for one sample, as calibration saw them; 0: not counted
-    quantized        whether it has a quantizer
+    grid             its quantizer's method and number of levels; empty: none
     """
 
     name: str
@@ -35,7 +35,12 @@ class LayerSize:
     activation_bits: int
     steps: int
     macs: float
-    quantized: bool
+    grid: str
+
+    @property
+    def quantized(self) -> bool:
+        """Whether it has a quantizer."""
+        return bool(self.grid)
 
     @property
     def megabytes(self) -> float:
@@ -85,15 +90,22 @@ class Size:
 
     def __str__(self) -> str:
         """A Markdown table."""
-        lines = ["| weight | elements | bits | input bits | MB | bit-operations |", "|---|---|---|---|---|---|"]
+        heads = ("weight", "elements", "bits", "grid", "input bits", "MB", "bit-operations")
+        lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         for one in self.layers:
             counted = f"{one.bit_operations:.3g}" if one.macs else "not counted"
-            cells = (one.name, f"{one.weights:,}", one.bits, one.activation_bits, f"{one.megabytes:.4g}", counted)
+            grid, size = one.grid or "float", f"{one.megabytes:.4g}"
+            cells = (one.name, f"{one.weights:,}", one.bits, grid, one.activation_bits, size, counted)
             lines.append("| " + " | ".join(map(str, cells)) + " |")
         total = f"{self.megabytes:.4g} of {self.float_megabytes:.4g} in float"
         everything = f"all, with {self.others:,} elements of no staged weight"
-        lines.append(f"| {everything} | | {self.bits:.2f} | | {total} | {self.bit_operations:.3g} |")
+        lines.append(f"| {everything} | | {self.bits:.2f} | | | {total} | {self.bit_operations:.3g} |")
         return "\n".join(lines)
+
+
+def _grid(quantizer: Quantizer) -> str:
+    (method,) = (name for name, kind in QUANTIZERS.items() if kind is type(quantizer))
+    return f"{method}, {int(quantizer.high - quantizer.low) + 1} levels"
 
 
 def size(model: nn.Module, sites: Sequence[Site]) -> Size:
@@ -115,7 +127,7 @@ def size(model: nn.Module, sites: Sequence[Site]) -> Size:
                 activation_bits=activation.bits if isinstance(activation, Quantizer) else FLOAT_BITS,
                 steps=weight.channels if isinstance(weight, Quantizer) else 0,
                 macs=float(weight_probe(site).macs),
-                quantized=isinstance(weight, Quantizer),
+                grid=_grid(weight) if isinstance(weight, Quantizer) else "",
             )
         )
     own = set(own_buffers(model, sites))

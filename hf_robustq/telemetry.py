@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_robustq.functional import fake_quantize, kurtosis
-from hf_robustq.quantizers import Oscillation, Quantizer
+from hf_robustq.quantizers import DoReFa, Oscillation, Quantizer
 from hf_robustq.regularizers import Regularizer
 from hf_robustq.reparam import network_weight
 from hf_robustq.sharded import held, is_sharded
@@ -42,7 +42,7 @@ def mean_penalties(sites: Sequence[Site]) -> dict[str, float]:
 
 @torch.no_grad()
 def site_quantization(sites: Sequence[Site]) -> dict[str, dict[str, float]]:
-    """Of each site with a weight quantizer that works in steps, where it is now:
+    """Of each site with a weight quantizer, where it is now; of DoReFa's, which reshapes weights, the distance only:
 
     error     mean |Q(w) - w|
     step      mean over channels
@@ -51,23 +51,28 @@ def site_quantization(sites: Sequence[Site]) -> dict[str, dict[str, float]]:
     distance  mean |Q(w) - w| / step: 0.25 where weights know nothing of the levels, 0 on them
     oscillating  share of weights that oscillate, where that is watched
     """
-    found: dict[str, list[Tensor]] = {}
+    found: dict[str, dict[str, Tensor]] = {}
     for site in sites:
         quantizer = site.weight_stages._modules.get("quantizer")
-        if not isinstance(quantizer, Quantizer) or not quantizer.uniform or not bool(quantizer.initialized):
+        if not isinstance(quantizer, Quantizer) or not bool(quantizer.initialized):
+            continue
+        if isinstance(quantizer, DoReFa):
+            with network_weight(site) as weight:
+                found[site.name] = {"distance": quantizer.distance(weight).float()}
             continue
         with network_weight(site) as weight, quantizer.steps_of(weight) as scale:
             axis, low, high = quantizer.grid.axis, quantizer.low, quantizer.high
             w, step = weight.float(), scale if axis is None else scale.view([-1] + [1] * (weight.dim() - axis - 1))
             away = (fake_quantize(w, scale, low, high, axis=axis) - w).abs()
             clipped = ((w < low * step) | (w > high * step)).float().mean()
-            found[site.name] = [away.mean(), scale.mean(), clipped, w.abs().amax(), (away / step).mean()]
+            own = {"error": away.mean(), "step": scale.mean(), "clipped": clipped, "largest": w.abs().amax()}
+            own["distance"] = (away / step).mean()
             watcher = site.weight_stages._modules.get("oscillation")
             if isinstance(watcher, Oscillation):
-                found[site.name].append(watcher.share)
-    names = ("error", "step", "clipped", "largest", "distance", "oscillating")
-    values = [torch.stack(row).tolist() for row in found.values()]
-    return {site: dict(zip(names, row, strict=False)) for site, row in zip(found, values, strict=True)}
+                own["oscillating"] = watcher.share
+            found[site.name] = own
+    values = [torch.stack(list(own.values())).tolist() for own in found.values()]
+    return {name: dict(zip(own, row, strict=True)) for (name, own), row in zip(found.items(), values, strict=True)}
 
 
 def means(sites: Sequence[Site], regularized: Sequence[Site]) -> dict[str, float]:
@@ -75,12 +80,11 @@ def means(sites: Sequence[Site], regularized: Sequence[Site]) -> dict[str, float
     kurtoses = [value for value in site_kurtosis(regularized).values() if not math.isnan(value)]
     mean = {"kurtosis": sum(kurtoses) / len(kurtoses)} if kurtoses else {}
     quantized = site_quantization(sites).values()
-    if quantized:
-        for name, key in (("quantization_error", "error"), ("step", "step"), ("clipped", "clipped"), ("distance",) * 2):
-            mean[name] = sum(site[key] for site in quantized) / len(quantized)
-        if all("oscillating" in site for site in quantized):
-            mean["oscillating"] = sum(site["oscillating"] for site in quantized) / len(quantized)
-        mean["largest_weight"] = max(site["largest"] for site in quantized)
+    for key in ("error", "step", "clipped", "distance", "oscillating"):
+        if values := [site[key] for site in quantized if key in site]:
+            mean["quantization_error" if key == "error" else key] = sum(values) / len(values)
+    if values := [site["largest"] for site in quantized if "largest" in site]:
+        mean["largest_weight"] = max(values)
     return {**mean, **mean_penalties(regularized)}
 
 

@@ -338,7 +338,8 @@ def test_waveq_from_scratch_differs_by_the_sine_only(tmp_path):
 
 @pytest.mark.parametrize("method", ["absmax", "dorefa"])
 def test_the_waveq_recipe_end_to_end_on_a_tiny_net(tmp_path, method):
-    small = ["--model_name_or_path", "test_resnet", "--max_steps", "12", "--eval_strategy", "no", "--output_dir", "out"]
+    small = ["--model_name_or_path", "test_resnet", "--max_steps", "12", "--output_dir", "out"]
+    small += ["--eval_strategy", "steps", "--eval_steps", "12"]
     flags = ["--variants", "without", "with", "--sweep", "fp", "trained", "--method", method, "--pretrain_epochs", "0"]
     flags += ["--budget_bits", "0", "--budget_megabytes", "0.25", "--weight_bits", "3"]
     done = run(*small, *flags, cwd=tmp_path, recipe="waveq_vision")
@@ -350,6 +351,10 @@ def test_the_waveq_recipe_end_to_end_on_a_tiny_net(tmp_path, method):
     assert len(sizes) == 2 and float(sizes[1]) <= 0.25
     card = (tmp_path / "out" / "with" / "README.md").read_text()
     assert "## Size, as it was trained" in card and f"| {sizes[1]} of 1.503 in float" in card
+    assert f"| {method}, " in card and "- learning_rate of bits: 0.5" in card
+    logged = re.findall(r"'eval_bits/([^']+)': '?([0-9.]+)", done.stdout)
+    found = re.search(r"in the mean: (.*)", done.stdout).group(1)
+    assert logged and all(f"{name} {float(bits):g}" in found for name, bits in logged)
     assert (tmp_path / "out" / "with" / "robustq_bits.png").exists()
     sweep = json.loads((tmp_path / "out" / "with" / "robustq_sweep.json").read_text())[-1]["rows"]
     mean = float(re.search(r"bit-widths are fixed, ([0-9.]+) in the mean", done.stdout).group(1))

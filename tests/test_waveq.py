@@ -9,14 +9,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
-from hf_robustq import RobustQ, from_pretrained
+from hf_robustq import ASAM, RobustQ, from_pretrained
 from hf_robustq.grid import Grid
 from hf_robustq.plugin.bits import Budget
 from hf_robustq.quantizers import Absmax
 from hf_robustq.regularizers.waveq import WaveQ, wave
 from hf_robustq.stage import Moment
 from tests.methods import waveq as stage
-from tests.zoo import bert, images, resnet, run, tokens
+from tests.zoo import bert, checkpoint_blocks, images, resnet, run, tokens
 
 CONFIG = {
     "weights": {"method": "absmax", "bits": 9},
@@ -265,9 +265,20 @@ def test_what_makes_no_sense_is_refused():
         RobustQ(resnet(), {**CONFIG, "weights": {"method": "absmax", "bits": 12}})
     with pytest.raises(ValueError, match="remove per_channel"):
         RobustQ(resnet(), {**CONFIG, "weights": {"method": "absmax", "bits": 4, "per_channel": True}})
-    for options in ({"variant": 3}, {"beta_strength": -1}, {"rise": 0.8}, {"fall": 1}, {"smoothness": 0}, {"rise": -1}):
+    for options in ({"variant": 3}, {"beta_strength": -1}, {"rise": 0.8}, {"fall": 1}, {"smoothness": 0}, {"rise": -1},
+                    {"rise": 0.5, "fall": 3.0}):  # fmt: skip
         with pytest.raises(ValueError, match="waveq"):
             WaveQ(**options)
+    for options, message in (
+        ({"learn": "no"}, "waveq: learn must be true or false, got 'no'"),
+        ({"rise": "0.5"}, "waveq: rise must be a number, got '0.5'"),
+        ({"variant": 1.0}, "waveq: variant must be a whole number, got 1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RobustQ(resnet(), {**CONFIG, "regularizers": {"waveq": options}})
+    for method in ("absmax", "dorefa"):
+        with pytest.raises(ValueError, match=f"{method}: has no steps to set by a rule: leave scale out"):
+            RobustQ(resnet(), {"weights": {"method": method, "bits": 4, "scale": "mse"}})
     for phases, steps in (({"rise": 200, "fall": 500, "smoothness": 10}, 400), ({}, 2)):
         one = stage(**phases)
         with pytest.raises(
@@ -483,6 +494,128 @@ def test_what_waveq_does_not_go_with_is_refused():
         plugin.step(0.9, first=True, index=1001)
 
 
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_distance_from_the_levels_of_dorefa(per_channel):
+    """Against the nearest of all levels, 2n / (2^b - 1) - 1, one by one."""
+    config = {"weights": {"method": "dorefa", "bits": 3, "per_channel": per_channel}, "first_last": "same"}
+    plugin = RobustQ(resnet(), config)
+    plugin.calibrate([images()], run)
+    site = plugin.sites[3]
+    unit = np.tanh(site.parameter.detach().double().numpy())
+    unit = unit / np.abs(unit).max((1, 2, 3) if per_channel else None, keepdims=True)
+    levels = np.linspace(-1, 1, 8)
+    nearest = np.abs(unit[..., None] - levels).min(-1).mean() / (levels[1] - levels[0])
+    assert plugin.telemetry()[site.name] == {"distance": pytest.approx(nearest, rel=1e-5)}
+    assert 0.2 < plugin.metrics()["distance"] < 0.3 and "step" not in plugin.metrics()
+
+
+def gradients(model, micro_batches=1):
+    """Of one optimizer step in phase 2, by name: of weights, and of the bits that are learned."""
+    torch.manual_seed(0)
+    model.load_state_dict(resnet().state_dict())
+    plugin = RobustQ(model.train(), {**CONFIG, "budget": {"bits": 4}})
+    plugin.calibrate([images()], run)
+    for i in range(micro_batches):
+        plugin.step(0.5, first=i == 0, index=1000)
+        (run(model, images()).loss / micro_batches).backward()
+    assert all(abs(float(one.beta.grad)) > 0 for one in plugin.bits.stages().values())
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = resnet()
+    checkpoint_blocks(model, reentrant=False)
+    torch.testing.assert_close(gradients(model), gradients(resnet()), rtol=1e-5, atol=1e-5)
+
+
+def test_accumulated_micro_batches_are_one_batch():
+    torch.testing.assert_close(gradients(resnet(), 3), gradients(resnet()), rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_beta_is_learned_in_float32():
+    """Its gradient is of the stored weight, whatever the task computes in."""
+    gradients = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        plugin = RobustQ(resnet().train(), CONFIG)
+        plugin.calibrate([images()], run)
+        plugin.step(0.5, first=True, index=0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            loss = run(plugin.model, images()).loss
+        loss.backward()
+        gradients.append([one.beta.grad for one in plugin.bits.stages().values()])
+    assert all(g.dtype == torch.float32 for g in gradients[1])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=0)
+
+
+def test_with_satnl_the_sine_is_of_the_weight_of_the_network():
+    """Of d * tanh(v / d): the gradient of v against autograd of the definition."""
+    torch.manual_seed(0)
+    plugin = RobustQ(resnet().train(), {**CONFIG, "satnl": {"d": 2.0}})
+    plugin.calibrate([images()], run)
+    plugin.step(0.5, first=True, index=1000)
+    stages = plugin.bits.stages()
+    for site in plugin.sites:
+        if site.name not in stages:
+            continue
+        one = stages[site.name]
+        v, x = (site.parameter.detach().clone().requires_grad_() for _ in range(2))
+        w = 2 * torch.tanh(v / 2)
+        (w.sum() + wave(w / w.detach().abs().max(), one.quantizer.beta).mean() * one.strength).backward()
+        site.weight_stages(x).sum().backward()
+        assert float((v.grad - (1 - torch.tanh(v.detach() / 2) ** 2)).abs().max()) > 1e-4  # the sine's share
+        torch.testing.assert_close(x.grad, v.grad, rtol=1e-6, atol=2e-7)
+
+
+def test_averages_and_two_passes_leave_bits_alone():
+    """The averages are of the model's weights; ASAM does not climb along beta."""
+    torch.manual_seed(0)
+    plugin = RobustQ(resnet().train(), {**CONFIG, "budget": {"bits": 4}})
+    plugin.calibrate([images()], run)
+    ema, twice = plugin.average(0.5), ASAM(plugin.model, rho=0.5, exclude=plugin.own_parameters())
+    optimizer = torch.optim.SGD(plugin.parameter_groups(0.0, None, 0.5), lr=0.01)
+
+    def once():
+        seen.append([float(one.beta.detach()) for one in plugin.bits.stages().values()])
+        loss = run(plugin.model, images()).loss
+        loss.backward()
+        return loss.detach()
+
+    for i in range(60):
+        seen = []
+        plugin.step(i / 60, first=True, index=i)
+        twice(once)
+        assert len(seen) == 2 and seen[0] == seen[1]
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+        plugin.after_optimizer_step()
+    assert not plugin.bits.learning() and 3.5 <= plugin.metrics()["bits"] <= 4
+    bits = plugin.bits.by_layer()
+    with plugin.published():
+        shown = plugin.model.state_dict()
+        for site in plugin.sites:
+            if site.name in bits:
+                quantizer = site.weight_stages.quantizer
+                assert quantizer(shown[site.name]).unique().numel() <= 2 ** bits[site.name] - 1
+                assert torch.equal(shown[site.name], ema.state_dict()["averages"][site.name])
+    assert plugin.bits.by_layer() == bits
+
+
+def test_products_of_attention_count_its_output_projection():
+    """`nn.MultiheadAttention` does not call it: 5 tokens, 3 * E * E and E * E products each."""
+    net = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    plugin = RobustQ(net, {"weights": {"bits": 4}, "first_last": "same"})
+    plugin.calibrate([torch.randn(7, 5, 8)], lambda model, x: model(x))
+    macs = {layer.name: layer.macs for layer in plugin.size().layers}
+    assert macs == {
+        "self_attn.in_proj_weight": 5 * 3 * 64,
+        "self_attn.out_proj.weight": 5 * 64,
+        "linear1.weight": 5 * 128,
+        "linear2.weight": 5 * 128,
+    }
+
+
 def test_sizes_by_hand():
     """Two convolutions and a linear layer on 8x8 images; biases and norms count in float."""
     net = torch.nn.Sequential(
@@ -494,6 +627,8 @@ def test_sizes_by_hand():
     plugin.calibrate([torch.randn(7, 3, 8, 8)], lambda model, x: model(x))
     first, second, last = plugin.size().layers
     assert (first.weights, second.weights, last.weights) == (108, 108, 270)
+    assert {layer.grid for layer in plugin.size().layers} == {"fixed, 15 levels"}
+    assert "| 0.weight | 108 | 4 | fixed, 15 levels | 8 |" in str(plugin.size())
     assert (first.macs, second.macs, last.macs) == (108 * 64, 108 * 9, 270)
     assert first.bit_operations == 108 * 64 * 4 * 8
     others = 4 + 4 * 4 + 6 + 5

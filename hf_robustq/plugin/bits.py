@@ -191,10 +191,15 @@ class LearnedBits:
         logger.info(self.news)
 
     def metrics(self) -> dict[str, float]:
-        """{"bits", "beta"}: means over the layers that learn; {"megabytes"} of the whole model."""
+        """{"bits", "beta"}: means over the layers that learn; {"megabytes", "bit_operations"} of the whole model."""
         stages = self.stages().values()
         if not stages:
             return {}
         bits, betas = [stage.quantizer.bits for stage in stages], [float(stage.quantizer.beta) for stage in stages]
-        megabytes = size(self.plugin.model, self.plugin.sites).megabytes
-        return {"bits": sum(bits) / len(bits), "beta": sum(betas) / len(betas), "megabytes": megabytes}
+        whole = size(self.plugin.model, self.plugin.sites)
+        means = {"bits": sum(bits) / len(bits), "beta": sum(betas) / len(betas)}
+        return {**means, "megabytes": whole.megabytes, "bit_operations": whole.bit_operations}
+
+    def by_layer(self) -> dict[str, float]:
+        """Storage bits now, by the name of the weight."""
+        return {name: float(stage.quantizer.bits) for name, stage in self.stages().items()}

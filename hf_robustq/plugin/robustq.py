@@ -221,15 +221,19 @@ class RobustQ:
 
         quantization_error   mean |Q(w) - w|
         step, clipped        the mean step, and the share of weights beyond the outer levels
-        distance             mean |Q(w) - w| in steps
+        distance             mean |Q(w) - w| in steps; with dorefa of tanh(w) / max|tanh(w)|, and the only one of these
         oscillating          the share of weights that go back and forth between two levels, where that is watched
         largest_weight       max |w| of any
-        bits, beta           of the layers whose bits are learned; megabytes: of the whole model
+        bits, beta           of the layers whose bits are learned, each layer counting once
+        megabytes            of the whole model, and its bit_operations for one sample; where bits are learned
         """
         return {**means(self.sites, self.regularized), **self.bits.metrics()}
 
     def telemetry(self) -> dict[str, dict[str, float]]:
-        """By weight, where it has a quantizer: {"error", "step", "clipped", "largest", "distance"} (see `metrics`)."""
+        """By weight, where it has a quantizer: {"error", "step", "clipped", "largest", "distance"} (see `metrics`).
+
+        Of one that reshapes weights, DoReFa's, {"distance"} only.
+        """
         return site_quantization(self.sites)
 
     @property

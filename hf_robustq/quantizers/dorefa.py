@@ -60,13 +60,24 @@ class DoReFa(VariableBits):
         # tanh and what follows it are as large as the weight: made again in the backward
         return checkpoint(self._quantize_weight, x, use_reentrant=False, preserve_rng_state=False)
 
+    def distance(self, weight: Tensor) -> Tensor:
+        """0-dim: mean distance of tanh(w) / max|tanh(w)| from its nearest level, in spacings."""
+        squashed = torch.tanh(weight.to(working_dtype(weight)))
+        place = (squashed / self._largest(squashed).clamp(min=torch.finfo(squashed.dtype).tiny) + 1) / 2
+        place = place * (self.high - self.low)
+        return (place - place.round()).abs().mean()
+
+    def _largest(self, x: Tensor) -> Tensor:
+        """max|x|, of everything or of each output channel, to divide by."""
+        if self.grid.axis is None:
+            return x.abs().amax()
+        return x.abs().amax([d for d in range(x.dim()) if d != self.grid.axis % x.dim()], keepdim=True)
+
     def _quantize_weight(self, x: Tensor) -> Tensor:
-        over = None if self.grid.axis is None else [d for d in range(x.dim()) if d != self.grid.axis % x.dim()]
         with no_autocast(x):
             w = x.to(working_dtype(x))
             squashed = torch.tanh(w)
-            largest = squashed.abs().amax() if over is None else squashed.abs().amax(over, keepdim=True)
-            unit = squashed / largest.clamp(min=torch.finfo(w.dtype).tiny)
+            unit = squashed / self._largest(squashed).clamp(min=torch.finfo(w.dtype).tiny)
             last = self.high - self.low
             step, below = 2.0 / last, last.new_full((), -1.0)
             # one level more at each end, so that +-1 count as inside and the gradient passes everywhere
@@ -74,6 +85,5 @@ class DoReFa(VariableBits):
             if self.varies and self.stretch is None:
                 value = value * 2.0 ** (self.beta.ceil() - self.beta)
             if self.rescale:
-                magnitude = w.detach().abs()
-                value = value * (magnitude.amax() if over is None else magnitude.amax(over, keepdim=True))
+                value = value * self._largest(w.detach())
         return value.to(self.dtype(x))

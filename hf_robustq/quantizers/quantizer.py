@@ -39,6 +39,8 @@ class Quantizer(Stage, ABC):
 
     rules: Mapping[Role, str] = {"weight": "mse", "input": "mse"}
     """The scale rules that set the first steps, where the config names none."""
+    calibrated = True
+    """Whether its steps are set by such a rule."""
     uniform = True
     """Whether it rounds x to multiples of `scale`."""
     narrow = False

@@ -17,10 +17,13 @@ from hf_robustq.quantizers.quantizer import Quantizer, Role
 class VariableBits(Quantizer):
     """A quantizer with a continuous number of bits, beta, of which levels there are by the ceiling.
 
+    Its steps follow from the tensor itself.
+
     beta    0-dim float32; storage bits are ceil(beta) + `sign_bits`
     varies  whether beta is told it from outside (`follow`), and is not what the config says
     """
 
+    calibrated = False
     sign_bits: int
     """Storage bits beyond beta's."""
     odd: bool

@@ -115,10 +115,11 @@ class WaveQ(Regularizer):
             raise ValueError(f"waveq: variant must be 0, 1 or 2, got {variant!r}")
         if not 0 <= beta_strength < math.inf:
             raise ValueError(f"waveq: beta_strength must be 0 or more, got {beta_strength!r}")
-        if not 0 <= rise < fall < math.inf or fall == 1 or not smoothness > 0:
+        mixed = fall > 1 and 0 < rise < 1
+        if not 0 <= rise < fall < math.inf or fall == 1 or mixed or not smoothness > 0:
             raise ValueError(
-                "waveq: phases are 0 <= rise < fall with smoothness > 0, in shares of the training below 1 or in "
-                f"optimizer steps, got rise={rise!r}, fall={fall!r}, smoothness={smoothness!r}"
+                "waveq: phases are 0 <= rise < fall with smoothness > 0, all in shares of the training below 1 or all "
+                f"in optimizer steps, got rise={rise!r}, fall={fall!r}, smoothness={smoothness!r}"
             )
         self.learn, self.variant, self.beta_strength = learn, variant, beta_strength
         self.rise, self.fall, self.smoothness = rise, fall, smoothness

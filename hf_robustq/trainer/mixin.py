@@ -248,9 +248,14 @@ class RobustQMixin(_AnyTrainer):
         return self.lr_scheduler
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Training logs also carry the mean kurtosis and each penalty; the loss stays the task's."""
+        """Training logs also carry the mean kurtosis and each penalty; the loss stays the task's.
+
+        Those of evaluations carry the bits of each weight, where they are learned.
+        """
         if "loss" in logs:
             logs.update(self.robustq.metrics())
+        elif "eval_loss" in logs:
+            logs.update({f"eval_bits/{name}": bits for name, bits in self.robustq.bits.by_layer().items()})
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -281,7 +286,12 @@ class RobustQMixin(_AnyTrainer):
                 dataset=kwargs.get("dataset"),
                 license=kwargs.get("license"),
                 settings=training_settings(
-                    self.args, self.lr_schedule, self.scale_lr, asam=self.asam_options, ema=self.ema_options
+                    self.args,
+                    self.lr_schedule,
+                    steps=self.scale_lr,
+                    bits=self.bits_lr if self.robustq.bits.stages() else None,
+                    asam=self.asam_options,
+                    ema=self.ema_options,
                 ),
                 step=best,
                 size=self.robustq.size(),
