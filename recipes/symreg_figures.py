@@ -39,6 +39,7 @@ def divergence(analyses: Mapping[str, Mapping[str, Any]]) -> Figure:
             values = list(measured.get("divergence", {}).values())
             axes.plot(range(1, len(values) + 1), values, "o-", ms=3, color=colour, label=f"{name}, {setting}")
     axes.set(xlabel="layer", ylabel="KL divergence (nats)", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     return figure
 
