@@ -36,6 +36,7 @@ class RecipeArguments(ImageArguments):
     budget_megabytes: float = 0.0
     budget_bit_operations: float = 0.0
     strength: float = field(default=20.0, metadata={"help": "lambda_w times the number of weights"})
+    snap: float = field(default=1.0, metadata={"help": "times that in the third phase"})
     beta_strength: float = field(default=0.05, metadata={"help": "lambda_beta, where there is no budget"})
     phases: list[float] = field(default_factory=lambda: [4.0, 5.0, 3.0], metadata={"help": "ratio of their epochs"})
     smoothness: float = field(default=0.01, metadata={"help": "of their edges, a share of the training"})
@@ -57,6 +58,7 @@ def stages(recipe: RecipeArguments, variant: str) -> dict[str, Any]:
         total = first + second + third
         phases = {"rise": first / total, "fall": (first + second) / total, "smoothness": recipe.smoothness}
         options = {"strength": recipe.strength, "beta_strength": recipe.beta_strength, "learn": recipe.learn}
+        options["snap"] = recipe.snap
         config["regularizers"] = {"waveq": {**options, **phases}}
         budget = {name: limit for name in MEASURES if (limit := getattr(recipe, f"budget_{name}"))}
         if learn and budget:

@@ -139,6 +139,24 @@ def test_schedules_are_those_of_the_figure():
     assert in_shares.share == pytest.approx(0.880797, abs=1e-6)
 
 
+def test_the_sine_grows_in_phase_3_and_beta_learns_as_before():
+    """lambda_w = f1 + (snap - 1) * f2 once bits are fixed; until then f1, and beta's gradient knows nothing of snap."""
+    one, plain = stage(rise=200, fall=500, smoothness=10, snap=30.0), stage(rise=200, fall=500, smoothness=10)
+    for step in (0, 210, 490, 500, 510, 550):
+        for stages in (one, plain):
+            stages.at(Moment(step=step))
+            if stages.share:
+                stages.carry(2.0 * stages.share, 2.0)
+        assert one.share == plain.share and float(one.unit) == pytest.approx(float(plain.unit))
+    for stages in (one, plain):
+        stages.fix(3.0)
+    for step, end in ((490, 0.119203), (500, 0.5), (510, 0.880797), (600, 1.0)):
+        one.at(Moment(step=step))
+        assert one.share == pytest.approx(1 + 29 * end, rel=1e-5)
+        plain.at(Moment(step=step))
+        assert plain.share == pytest.approx(1)
+
+
 def trained(config, steps=120, model=None, batch=None, bits_lr=0.5, lr=0.02, accumulate=1):
     torch.manual_seed(0)
     model, batch = model or resnet(), batch or images()
@@ -266,7 +284,7 @@ def test_what_makes_no_sense_is_refused():
     with pytest.raises(ValueError, match="remove per_channel"):
         RobustQ(resnet(), {**CONFIG, "weights": {"method": "absmax", "bits": 4, "per_channel": True}})
     for options in ({"variant": 3}, {"beta_strength": -1}, {"rise": 0.8}, {"fall": 1}, {"smoothness": 0}, {"rise": -1},
-                    {"rise": 0.5, "fall": 3.0}):  # fmt: skip
+                    {"snap": 0.0}, {"rise": 0.5, "fall": 3.0}):  # fmt: skip
         with pytest.raises(ValueError, match="waveq"):
             WaveQ(**options)
     for options, message in (

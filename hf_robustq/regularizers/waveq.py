@@ -88,6 +88,8 @@ class WaveQ(Regularizer):
     smoothness     of both (Fig. 8): lambda_w = f1, lambda_beta = beta_strength * (f1 - f2),
                    f = (1 + tanh((i - rise or fall) / smoothness)) / 2
                    All three in shares of the training, or with `fall` above 1 in optimizer steps
+    snap           how many times as strong the sine is in phase 3: lambda_w = f1 + (snap - 1) * f2. While beta falls,
+                   a strong one drags weights along with its levels, and max|w|, which then lies on none of them
 
     Choice: `strength` is averaged over the weights, where the paper sums: its lambda_w = 1 is their number. It does not
     act on beta, whose gradient is dR/dbeta as above, so that bits move alike at any strength. beta stays within [1, 8]
@@ -109,6 +111,7 @@ class WaveQ(Regularizer):
         rise: float = 1 / 3,
         fall: float = 0.75,
         smoothness: float = 0.01,
+        snap: float = 1.0,
     ) -> None:
         super().__init__()
         if variant not in (0, 1, 2):
@@ -121,9 +124,11 @@ class WaveQ(Regularizer):
                 "waveq: phases are 0 <= rise < fall with smoothness > 0, all in shares of the training below 1 or all "
                 f"in optimizer steps, got rise={rise!r}, fall={fall!r}, smoothness={smoothness!r}"
             )
-        self.learn, self.variant, self.beta_strength = learn, variant, beta_strength
+        if not 0 < snap < math.inf:
+            raise ValueError(f"waveq: snap must be positive, got {snap!r}")
+        self.learn, self.variant, self.beta_strength, self.snap = learn, variant, beta_strength, snap
         self.rise, self.fall, self.smoothness = rise, fall, smoothness
-        self.odd, self.lowest = False, 1
+        self.onset, self.odd, self.lowest = 0.0, False, 1
         self.fixed: float | None = None
         self.learning = learn
         beta = torch.full((1,), float(HIGHEST))
@@ -157,8 +162,9 @@ class WaveQ(Regularizer):
 
     def at(self, moment: Moment) -> None:
         onset, end = (rise(self.time(moment), edge, self.smoothness) for edge in (self.rise, self.fall))
-        self.share = onset if onset > NEGLIGIBLE else 0.0
-        self.pulse = 1 - end / onset if self.share else 0.0  # the strength brings the onset
+        self.onset = onset if onset > NEGLIGIBLE else 0.0
+        self.share = self.onset + (0.0 if self.learning else (self.snap - 1) * end)
+        self.pulse = 1 - end / onset if self.onset else 0.0
 
     def time(self, moment: Moment) -> float:
         """Now, in the unit of the phases."""
@@ -185,7 +191,7 @@ class WaveQ(Regularizer):
 
     def carry(self, strength: Tensor | float, factor: float) -> None:
         super().carry(strength, factor)
-        self.unit.copy_(self.strength / factor)
+        self.unit.copy_(self.strength / factor * (self.onset / self.share))
 
     def penalty(self, w: Tensor, *theta: Tensor) -> Tensor:
         """The mean sine, of beta; lambda_beta * beta comes on top."""
