@@ -1,6 +1,7 @@
-"""Accuracy without a network: as `compute_metrics` of a Trainer, and as an `evaluate.Metric`."""
+"""Accuracy and attachment scores without a network: as functions, and each as an `evaluate.Metric`."""
 
 import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,35 @@ def compute_accuracy(eval_prediction: "EvalPrediction") -> dict[str, float]:
     return {"accuracy": accuracy(np.argmax(logits, axis=-1), np.asarray(eval_prediction.label_ids))}
 
 
+Annotated = Mapping[str, Sequence[Any]]
+"""A sentence: {"upos": tags, "heads": numbers of words, "deprels": labels}, of a word each."""
+
+
+def dependency_scores(predictions: Iterable[Annotated], references: Iterable[Annotated]) -> dict[str, float]:
+    """{"upos", "uas", "las"}: fractions (0..1) of the words with the right tag, head, and head and label.
+
+    As the CoNLL 2018 shared task scores given words: punctuation counts, subtypes of labels (`nsubj:pass`) do not.
+    Raises `ValueError` for other sentences or words than the references', and for none.
+    """
+    words, right = 0, dict.fromkeys(("upos", "uas", "las"), 0)
+    for i, (ours, gold) in enumerate(zip(predictions, references, strict=True)):
+        if any(len(one[name]) != len(gold["heads"]) for one in (ours, gold) for name in ("upos", "heads", "deprels")):
+            raise ValueError(f"sentence {i + 1} has {len(gold['heads'])} words, and not all annotations are of so many")
+        words += len(gold["heads"])
+        heads = [a == b for a, b in zip(ours["heads"], gold["heads"], strict=True)]
+        labels = [_universal(a) == _universal(b) for a, b in zip(ours["deprels"], gold["deprels"], strict=True)]
+        right["upos"] += sum(a == b for a, b in zip(ours["upos"], gold["upos"], strict=True))
+        right["uas"] += sum(heads)
+        right["las"] += sum(a and b for a, b in zip(heads, labels, strict=True))
+    if not words:
+        raise ValueError("no word to score: the evaluation set is empty.")
+    return {name: count / words for name, count in right.items()}
+
+
+def _universal(label: str) -> str:
+    return label.split(":")[0]
+
+
 @functools.cache
 def _metric_class() -> "type[evaluate.Metric]":
     import datasets
@@ -58,8 +88,34 @@ def _metric_class() -> "type[evaluate.Metric]":
     return Accuracy
 
 
+@functools.cache
+def _dependency_class() -> "type[evaluate.Metric]":
+    import datasets
+    import evaluate
+
+    class DependencyScore(evaluate.Metric):
+        """Tagging and parsing of given words, as `dependency_scores` has it."""
+
+        def _info(self) -> "evaluate.MetricInfo":
+            text, number = datasets.Sequence(datasets.Value("string")), datasets.Sequence(datasets.Value("int64"))
+            sentence = {"upos": text, "heads": number, "deprels": text}
+            return evaluate.MetricInfo(
+                description="UPOS accuracy, unlabelled and labelled attachment score of given words.",
+                citation="Zeman et al., CoNLL 2018 Shared Task",
+                inputs_description='predictions, references: {"upos", "heads", "deprels"} of each sentence.',
+                features=datasets.Features({"predictions": sentence, "references": sentence}),
+            )
+
+        def _compute(self, predictions: list[Annotated], references: list[Annotated]) -> dict[str, float]:
+            return dependency_scores(predictions, references)
+
+    return DependencyScore
+
+
 def __getattr__(name: str) -> Any:
-    # The class needs its base at definition, and `evaluate` is slow to import: build it when first asked for.
+    # A class needs its base at definition, and `evaluate` is slow to import: build it when first asked for.
     if name == "Accuracy":
         return _metric_class()
+    if name == "DependencyScore":
+        return _dependency_class()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
