@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_robustq.data.treebanks import find_cycle, read_conllu, rows_of, write_conllu
 from hf_robustq.metrics import DependencyScore, dependency_scores
+from hf_robustq.parsing.treebanks import find_cycle, read_conllu, rows_of, write_conllu
 
 pytest.importorskip("conllu", reason="needs hf_robustq[nlp]")
 
