@@ -35,6 +35,7 @@ ALLOWED = {
     "data": {"data"},
     "metrics": set(),
     "models": {"models"},
+    "parsing": {"metrics", "parsing"},
     "trainer": {"calibrate", "card", "config", "distributed", "optim", "plugin", "schedules", "sweep", "trainer"},
     "cli": {
         "__version__", "analysis", "card", "cli", "config", "data", "hub", "metrics", "models", "optim", "plugin",
@@ -73,7 +74,18 @@ def test_only_the_trainer_imports_the_trainer():
             assert not names & {"Trainer", "TrainerCallback"}, path
 
 
-OPTIONAL = ("timm", "torchvision", "sklearn", "matplotlib", "datasets", "evaluate", "deepspeed", "onnx", "onnxruntime")
+OPTIONAL = (
+    "conllu",
+    "timm",
+    "torchvision",
+    "sklearn",
+    "matplotlib",
+    "datasets",
+    "evaluate",
+    "deepspeed",
+    "onnx",
+    "onnxruntime",
+)
 
 
 def run(script):
