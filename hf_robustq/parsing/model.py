@@ -162,6 +162,7 @@ class DependencyParser(PreTrainedModel):
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
         words = self.dropout(self.words(hidden, word_ids))
         size = words.size(1)
+        upos, heads, deprels = (gold if gold is None else gold[:, :size] for gold in (upos, heads, deprels))
         root = self.root.to(words.dtype).expand(words.size(0), 1, -1)
         nodes = torch.cat([root, words], 1)
         there = torch.arange(size, device=words.device) <= word_ids.amax(1, keepdim=True)  # [B, W]
@@ -179,7 +180,6 @@ class DependencyParser(PreTrainedModel):
             labels = chosen = self.labels.paired(dependents, _at(governors[:, None], heads))
         loss = None
         if upos is not None and heads is not None and deprels is not None:
-            upos, heads, deprels = (gold[:, :size] for gold in (upos, heads, deprels))
             pairs = ((tags, upos), (arcs, heads), (chosen, deprels))
             loss = torch.stack([_mean_loss(scores, gold) for scores, gold in pairs]).sum()
         return DependencyParserOutput(loss=loss, upos=tags, arcs=arcs, labels=labels)
@@ -190,10 +190,8 @@ class DependencyParser(PreTrainedModel):
 
 def _at(scores: Tensor, heads: Tensor) -> Tensor:
     """[B, W, n] of [B, W or 1, H, n]: at each word's head; where no word is, at the root."""
-    place = heads[:, : heads.size(1)].clamp(min=0)[..., None, None]
-    shape = (-1, -1, -1, scores.size(-1))
-    wide = scores.expand(-1, heads.size(1), -1, -1)
-    return wide.gather(2, place.expand(*shape)).squeeze(2)
+    place = heads.clamp(min=0)[..., None, None].expand(-1, -1, -1, scores.size(-1))
+    return scores.expand(-1, heads.size(1), -1, -1).gather(2, place).squeeze(2)
 
 
 def _mean_loss(scores: Tensor, gold: Tensor) -> Tensor:
