@@ -20,7 +20,7 @@ ALLOWED = {
     "scales": {"grid", "scales"},
     "quantizers": {"functional", "grid", "quantizers", "scales", "schedules", "sharded", "stage"},
     "regularizers": {"functional", "grid", "regularizers", "schedules", "sharded", "stage"},
-    "config": {"grid", "quantizers", "regularizers", "reparam", "scales", "schedules"},
+    "config": {"config", "grid", "quantizers", "regularizers", "reparam", "scales", "schedules"},
     "calibrate": {"grid", "quantizers", "reparam", "scales", "sharded", "sites", "stage"},
     "telemetry": {"functional", "quantizers", "regularizers", "reparam", "sharded", "sites"},
     "distributed": {"sharded"},
@@ -42,7 +42,9 @@ ALLOWED = {
         "quantizers", "recipe", "regularizers", "reparam", "scales", "sweep", "trainer",
     },
     "analysis": {"analysis", "calibrate", "functional", "plugin", "reparam", "scales", "sharded", "sites", "sweep"},
-    "recipe": {"card", "config", "data", "metrics", "models", "plugin", "sweep", "trainer"},
+    "recipe": {
+        "card", "config", "data", "metrics", "models", "parsing", "plugin", "recipe", "sweep", "trainer",
+    },
 }  # fmt: skip
 
 

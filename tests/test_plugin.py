@@ -1,5 +1,6 @@
 import copy
 import random
+import re
 
 import numpy as np
 import pytest
@@ -359,3 +360,27 @@ def test_learned_steps_have_a_group_of_their_own_without_decay():
     *_, group = plugin.parameter_groups(0.1, scale_lr=1e-4)
     assert group["weight_decay"] == 0 and group["lr"] == 1e-4
     assert {id(p) for p in group["params"]} == {id(p) for p in plugin.own_parameters().values()} != set()
+
+
+def test_mixed_bits_are_those_of_the_first_pattern_that_matches():
+    weights = {"bits": 4, "mixed": {"1.weight": 7, "*.weight": 5}}
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    plugin = RobustQ(model, {"weights": weights, "activations": {"bits": 8, "mixed": {"2.*": 6}}, "first_last": "same"})
+    plugin.calibrate([torch.randn(8, 4)], lambda model, x: model(x))
+    assert [(layer.bits, layer.activation_bits) for layer in plugin.size().layers] == [(5, 8), (7, 8), (5, 6)]
+    assert plugin.trained_bits() == {"weights": pytest.approx(17 / 3), "activations": pytest.approx(22 / 3)}
+    assert RobustQConfig.from_dict(plugin.config.to_dict()) == plugin.config
+    for wrong, message in (
+        ({"mixed": {"nothing.*": 4}}, "mixed: pattern 'nothing.*' matches no staged weight"),
+        ({"mixed": {"1.weight": 17}}, "mixed: bits of 1.weight must be a whole number from 2 to 16"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            RobustQ(torch.nn.Sequential(torch.nn.Linear(4, 4)), {"weights": {"bits": 4, **wrong}, "first_last": "same"})
+
+
+def test_mixed_bits_round_each_weight_to_its_own_grid():
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(2)))
+    config = {"weights": {"method": "absmax", "bits": 3, "mixed": {"1.weight": 5}}, "first_last": "same"}
+    plugin = RobustQ(model, config)
+    plugin.calibrate([torch.randn(8, 64)], lambda model, x: model(x))
+    assert [len(model[i].weight.unique()) for i in range(2)] == [7, 31]

@@ -24,6 +24,7 @@ import kure_qat  # noqa: E402
 import kure_resnet50  # noqa: E402
 import noise_lsq_resnet  # noqa: E402
 import symreg_satnl  # noqa: E402
+import waveq_camembert  # noqa: E402
 import waveq_vision  # noqa: E402
 
 RECIPES = {
@@ -32,6 +33,7 @@ RECIPES = {
     "noise_lsq": noise_lsq_resnet,
     "symreg_satnl": symreg_satnl,
     "waveq": waveq_vision,
+    "parser": waveq_camembert,
 }
 
 
@@ -359,6 +361,57 @@ def test_the_waveq_recipe_end_to_end_on_a_tiny_net(tmp_path, method):
     sweep = json.loads((tmp_path / "out" / "with" / "robustq_sweep.json").read_text())[-1]["rows"]
     mean = float(re.search(r"bit-widths are fixed, ([0-9.]+) in the mean", done.stdout).group(1))
     assert {row["setting"]: row["weights"] for row in sweep}["trained"] == pytest.approx(mean, abs=0.006)
+
+
+def test_the_parsers_recipe_end_to_end_on_generated_sentences(tmp_path):
+    """WaveQ first, whose bits the others take; a run of its own has those of `--weight_bits`."""
+    small = ["--pretrain_epochs", "0.3", "--max_steps", "12", "--eval_strategy", "steps", "--eval_steps", "6"]
+    small += ["--sweep", "fp", "trained", "w8a8", "--output_dir", "out", "--save_strategy", "no"]
+    done = run(*small, "--variants", "lsq", "qat", "waveq", "afterwards", cwd=tmp_path, recipe="waveq_camembert")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "A smoke run on generated sentences" in done.stdout
+    for metric in ("LAS", "UPOS"):
+        text = done.stdout.split(f"{metric}:\n")[1]
+        rows = dict(re.findall(r"^\| (\w+) \|(.*)\|$", text.split("\n\n")[1], re.MULTILINE))
+        figures = {name: len(re.findall(r"\d+\.\d\d", row)) for name, row in rows.items()}
+        assert figures == {"float": 1, "finetuned": 2, "waveq": 3, "afterwards": 3, "qat": 3, "lsq": 3}
+    fixed = re.search(r"bit-widths are fixed, [0-9.]+ in the mean: (.*)", done.stdout).group(1)
+    bits = {name: int(b) for name, b in (one.rsplit(" ", 1) for one in fixed.split(", "))}
+    assert sum(bits.values()) / len(bits) <= 4.5 and {*bits.values()} == {4, 5}
+    for variant in ("qat", "lsq", "afterwards"):
+        config = json.loads((tmp_path / "out" / variant / "config.json").read_text())["quantization_config"]
+        assert config["weights"]["mixed"] == bits and config["activations"]["bits"] == 8
+    sweep = json.loads((tmp_path / "out" / "waveq" / "robustq_sweep.json").read_text())
+    assert [one["rows"][0]["dataset"] for one in sweep] == ["eval", "eval", "test"]
+    assert load_file(tmp_path / "out" / "finetuned" / "model.safetensors").keys() <= {
+        *load_file(tmp_path / "out" / "afterwards" / "model.safetensors")
+    }
+
+
+def test_the_parsers_recipe_says_what_is_wrong_and_goes_on_from_a_folder(tmp_path):
+    from hf_robustq.parsing.grammar import generated_treebank
+
+    line = "{}\t{}\t_\t{}\t_\t_\t{}\t{}\t_\t_"
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for split, rows in generated_treebank(40, 8, 8, seed=len(name)).items():
+            words = (zip(*(row[key] for key in ("words", "upos", "heads", "deprels")), strict=True) for row in rows)
+            text = "".join("\n".join(line.format(i, *w) for i, w in enumerate(one, 1)) + "\n\n" for one in words)
+            (tmp_path / name / f"x-ud-{split}.conllu").write_text(text)
+    small = ["--max_steps", "4", "--eval_strategy", "no", "--sweep", "fp", "w8", "--variants", "kure"]
+    first = ["--preset", "scratch", "--pretrain_epochs", "0", "--dataset_name", "one", "two", "--output_dir", "both"]
+    done = run(*first, *small, cwd=tmp_path, recipe="waveq_camembert")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"kure on one", "kure on two"} == {*re.findall(r"^\| (kure on \w+) \|", done.stdout, re.MULTILINE)}
+    again = ["--preset", "scratch", "--pretrain_epochs", "0", "--dataset_name", "one", "--output_dir", "again"]
+    again += ["--model_name_or_path", "both/kure"]
+    done = run(*again, *small, cwd=tmp_path, recipe="waveq_camembert")
+    assert done.returncode == 0 and "Weights: both/kure" in done.stdout, done.stderr[-3000:]
+    file = tmp_path / "one" / "x-ud-train.conllu"
+    file.write_text(file.read_text().replace("\t0\troot", "\t1\troot", 1))
+    done = run(*first, *small, "--overwrite", cwd=tmp_path, recipe="waveq_camembert")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.match(r"error: one/x-ud-train.conllu:\d+: ", done.stderr.strip().splitlines()[-1])
 
 
 def picture_folder(folder, size, rows=12):

@@ -25,6 +25,7 @@ class DependencyParserConfig(PreTrainedConfig):
     arc_size       width of the vectors of a word as a dependent and as a head, for the arcs
     label_size     the same for the labels
     dropout        of words and of these vectors, in training
+    word_dropout   share of the words whose subwords are `mask_token_id` in training: a guard for small treebanks
     """
 
     model_type = "robustq_dependency_parser"
@@ -39,14 +40,19 @@ class DependencyParserConfig(PreTrainedConfig):
         arc_size: int = 400,
         label_size: int = 100,
         dropout: float = 0.33,
+        word_dropout: float = 0.0,
+        mask_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
+        if word_dropout and mask_token_id is None:
+            raise ValueError("word_dropout needs mask_token_id, which stands for the words left out")
         if pooling not in POOLING:
             raise ValueError(f"pooling must be one of {', '.join(POOLING)}, got {pooling!r}")
         self.encoder = AutoConfig.for_model(**encoder) if isinstance(encoder, dict) else encoder
         self.upos, self.deprels = list(upos), list(deprels)
         self.pooling = pooling
         self.arc_size, self.label_size, self.dropout = arc_size, label_size, dropout
+        self.word_dropout, self.mask_token_id = word_dropout, mask_token_id
         super().__init__(**kwargs)
 
 
@@ -109,7 +115,7 @@ class DependencyParser(PreTrainedModel):
         super().__init__(config)
         if config.encoder is None or not config.upos or not config.deprels:
             raise ValueError("a parser needs an encoder's config, tags (upos) and labels (deprels)")
-        self.encoder = AutoModel.from_config(config.encoder)
+        self.encoder = _without_pooler(AutoModel.from_config(config.encoder))
         width = config.encoder.hidden_size
         self.root = nn.Parameter(torch.zeros(width))
         self.dropout = nn.Dropout(config.dropout)
@@ -131,7 +137,7 @@ class DependencyParser(PreTrainedModel):
     @classmethod
     def from_encoder(cls, name: str, upos: Sequence[str], deprels: Sequence[str], **options: Any) -> Self:
         """A parser with new scorers on a trained encoder: a folder, or an id of the Hub."""
-        encoder = AutoModel.from_pretrained(name)
+        encoder = _without_pooler(AutoModel.from_pretrained(name))
         model = cls(DependencyParserConfig(encoder=encoder.config, upos=upos, deprels=deprels, **options))
         model.encoder.load_state_dict(encoder.state_dict())
         return model
@@ -158,7 +164,9 @@ class DependencyParser(PreTrainedModel):
         deprels: Tensor | None = None,
         **kwargs: Any,
     ) -> DependencyParserOutput:
-        assert word_ids is not None
+        assert word_ids is not None and input_ids is not None
+        if self.training and self.config.word_dropout:
+            input_ids = self._without_some(input_ids, word_ids)
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
         words = self.dropout(self.words(hidden, word_ids))
         size = words.size(1)
@@ -184,8 +192,20 @@ class DependencyParser(PreTrainedModel):
             loss = torch.stack([_mean_loss(scores, gold) for scores, gold in pairs]).sum()
         return DependencyParserOutput(loss=loss, upos=tags, arcs=arcs, labels=labels)
 
+    def _without_some(self, input_ids: Tensor, word_ids: Tensor) -> Tensor:
+        left_out = torch.rand(word_ids.shape, device=word_ids.device) < self.config.word_dropout
+        left_out = left_out.gather(1, word_ids.clamp(min=0)) & (word_ids >= 0)
+        return input_ids.masked_fill(left_out, self.config.mask_token_id)
+
     def _vectors(self, layer: nn.Linear, words: Tensor) -> Tensor:
         return self.dropout(nn.functional.leaky_relu(layer(words), 0.1))
+
+
+def _without_pooler(encoder: Any) -> Any:
+    """Nothing here reads a vector of the whole sentence, whose layer would be quantized and not trained."""
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None
+    return encoder
 
 
 def _at(scores: Tensor, heads: Tensor) -> Tensor:

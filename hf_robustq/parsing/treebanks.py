@@ -129,11 +129,12 @@ def _check(path: str | Path, begin: int, lines: Sequence[str], annotated: bool) 
     if until > len(at):
         raise ValueError(f"{path}:{begin}: a multiword token goes to word {until} of {len(at)}")
     if annotated:
-        _check_tree(path, begin, heads, at)
+        check_tree(path, begin, heads, at)
     return len(at)
 
 
-def _check_tree(path: str | Path, begin: int, heads: Sequence[int], at: Sequence[int]) -> None:
+def check_tree(path: str | Path, begin: int, heads: Sequence[int], at: Sequence[int]) -> None:
+    """Raise `ValueError` for heads that are no tree with one root; `begin` and `at` say where the words are."""
     for word, head in enumerate(heads, 1):
         if head > len(heads) or head == word:
             raise ValueError(f"{path}:{at[word - 1]}: head {head} of word {word}, in a sentence of {len(heads)}")

@@ -164,7 +164,8 @@ class LearnedBits:
         assert self.plugin.config.weights is not None
         costs = self._budget[2]
         done = (stage.time(moment) - stage.rise) / (RAMP * (stage.fall - stage.rise))
-        start = (budget.at([self.plugin.config.weights.bits] * len(budget.costs)) - budget.limit) / sum(budget.costs)
+        first = [self.plugin.config.weights.bits_of(name) for name in self._budget[0]]
+        start = (budget.at(first) - budget.limit) / sum(budget.costs)
         allowed = max(start, 0.0) * min(max(1 - done, 0.0), 1.0)
         excess = budget.excess(betas + stage.quantizer.sign_bits, costs)
         return (excess - allowed) * stage.pulse * costs * (costs.sum() / costs.square().sum())

@@ -23,6 +23,7 @@ from hf_robustq.plugin.stages import (
     activation_stages,
     carriers,
     float_input,
+    mean_bits,
     own_parameters,
     quantizers,
     weight_stages,
@@ -71,9 +72,11 @@ class RobustQ:
         if not self.sites:
             reasons = "; ".join(f"{one.name}: {one.reason}" for one in self.left_out)
             raise ValueError(f"no weight to work on in this model ({reasons or 'no Linear or convolution in it'})")
-        for pattern in config.weights_only:
-            if not any(fnmatchcase(site.name, pattern) for site in self.sites):
-                raise ValueError(f"weights_only: pattern {pattern!r} matches no staged weight")
+        mixed = [name for one in (config.weights, config.activations) if one is not None for name in one.mixed]
+        for what, patterns in (("weights_only", config.weights_only), ("mixed", mixed)):
+            for pattern in patterns:
+                if not any(fnmatchcase(site.name, pattern) for site in self.sites):
+                    raise ValueError(f"{what}: pattern {pattern!r} matches no staged weight")
         self.edges = edges if config.first_last == 8 else {}
         self._attach()
         self.ema: EMA | None = None
@@ -215,6 +218,12 @@ class RobustQ:
     def size(self) -> Size:
         """Bits, megabytes and bit-operations, by layer and in all; `print` it. Bits are those of now."""
         return size(self.model, self.sites)
+
+    def trained_bits(self) -> dict[str, float | None]:
+        """{"weights", "activations"}: storage bits the model is trained with, in the mean where layers differ."""
+        own = {"weights": self.config.weights, "activations": self.config.activations}
+        means = {name: mean_bits(config, self.sites, self.edges) for name, config in own.items()}
+        return {**means, "weights": self.bits.metrics().get("bits", means["weights"])}
 
     def metrics(self) -> dict[str, float]:
         """Means over the weights: kurtosis, each penalty by its name, unscaled, and how they are quantized.

@@ -76,8 +76,16 @@ def _refuse_nested(quantizer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> No
         )
 
 
+def mean_bits(config: QuantizerConfig | None, sites: Sequence[Site], edges: Collection[str]) -> float | None:
+    """Storage bits of a quantizer's config, in the mean over the weights that are no edges; None for none."""
+    if config is None or not config.mixed:
+        return config and config.bits
+    bits = [config.bits_of(site.name) for site in sites if site.name not in edges]
+    return sum(bits) / len(bits) if bits else config.bits
+
+
 def _quantizer(config: QuantizerConfig, site: Site, edges: Collection[str], axis: int | None, role: Role) -> Quantizer:
-    bits = 8 if site.name in edges else config.bits
+    bits = 8 if site.name in edges else config.bits_of(site.name)
     method = QUANTIZERS[config.method]
     narrow = role == "weight" and method.narrow if config.narrow is None else config.narrow
     grid = Grid(bits=bits, narrow=narrow, axis=axis)

@@ -14,12 +14,12 @@ from typing import Any, Self
 class Row:
     """One line of a sweep: a setting, its bits, and what was measured under it, on `samples` samples of `dataset`.
 
-    `weights` is their mean where bits were learned, of `trained`.
+    Of `trained`, bits are their mean over the layers where these differ.
     """
 
     setting: str
     weights: float | None
-    activations: int | None
+    activations: float | None
     metrics: dict[str, float]
     samples: int
     dataset: str = "eval"

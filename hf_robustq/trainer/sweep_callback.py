@@ -186,9 +186,7 @@ class BitWidthSweepCallback(TrainerCallback):
             samples = int(values.pop(SAMPLES))
             bits: dict[str, Any] = {"weights": s.weights, "activations": s.activations}
             if s.trained:
-                own = {"weights": plugin.config.weights, "activations": plugin.config.activations}
-                bits = {name: config and config.bits for name, config in own.items()}
-                bits["weights"] = plugin.bits.metrics().get("bits", bits["weights"])
+                bits = plugin.trained_bits()
             rows.append(Row(setting=s.name, **bits, metrics=values, samples=samples, dataset=prefix, subset=subset))
         return Sweep(rows=rows, epoch=trainer.state.epoch, step=trainer.state.global_step, context=context)
 

@@ -1,146 +1,20 @@
-"""Configuration: frozen dataclasses, to and from dict, YAML and JSON. Unknown keys are errors."""
+"""The config of the plugin, to and from dict, YAML and JSON."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
 
-from hf_robustq.grid import check_bits
+from hf_robustq.config.checks import check_known, check_types
+from hf_robustq.config.methods import QuantizerConfig, RegularizerConfig, SatNLConfig, nested
 from hf_robustq.quantizers import QUANTIZERS
 from hf_robustq.regularizers import REGULARIZERS
-from hf_robustq.reparam import SATURATING
-from hf_robustq.scales import SCALE_RULES
-from hf_robustq.schedules import SCHEDULES
-
-
-def check_known(keys: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raise `ValueError` for the first key that is not known, naming the nearest one that is."""
-    known = list(known)
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"unknown {what} {key!r}: {hint}")
-
-
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", tuple: "a list of texts"}
-
-
-def _check_type(name: str, value: Any, default: Any) -> None:
-    """Raise `ValueError` for a value of another type than the default's, where that says which."""
-    kind = type(default)
-    wrong = not isinstance(value, (int, float) if kind is float else kind) or (kind is not bool and value is True)
-    if kind in KINDS and wrong:
-        raise ValueError(f"{name} must be {KINDS[kind]}, got {value!r}")
-
-
-def _check_types(config: Any) -> None:
-    """`_check_type` of every field."""
-    for one in fields(config):
-        value = getattr(config, one.name)
-        if one.name != "first_last":
-            _check_type(one.name, value, one.default)
-        if type(one.default) is tuple and one.name != "regularizers" and not all(isinstance(x, str) for x in value):
-            raise ValueError(f"{one.name} must be {KINDS[tuple]}, got {value!r}")
-
-
-def option_names(method: type) -> list[str]:
-    """The options a method's constructor takes, besides the grid it is given."""
-    return [name for name in inspect.signature(method).parameters if name not in ("grid", "channels", "role")]
-
-
-def _check_options(name: str, method: type, options: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for an option that a method does not take, or not of this type."""
-    check_known(options, option_names(method), f"option of {name}")
-    for key, value in options.items():
-        _check_type(f"{name}: {key}", value, inspect.signature(method).parameters[key].default)
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizerConfig:
-    """How a tensor is quantized in training.
-
-    method       a name of `QUANTIZERS`
-    bits         storage bits, sign included, 2 to 16
-    per_channel  one step per output channel (weights only)
-    narrow       2^b - 1 symmetric levels instead of 2^b; default: of weights with method fixed only
-    scale        a name of `SCALE_RULES`: how calibration sets the first steps; default: the method's own rule
-    options      what the method's own constructor takes
-    """
-
-    bits: int
-    method: str = "fixed"
-    per_channel: bool = False
-    narrow: bool | None = None
-    scale: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        check_bits(self.bits)
-        check_known([self.method], QUANTIZERS, "quantizer")
-        check_known([] if self.scale is None else [self.scale], SCALE_RULES, "scale rule")
-        if self.scale is not None and not QUANTIZERS[self.method].calibrated:
-            raise ValueError(f"{self.method}: has no steps to set by a rule: leave scale out")
-        _check_options(self.method, QUANTIZERS[self.method], self.options)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RegularizerConfig:
-    """How a weight is regularized: `strength` (lambda) times a schedule of `SCHEDULES`, averaged over the weights.
-
-    every   act at every n-th optimizer step only, n times as strongly
-    """
-
-    method: str
-    strength: float = 1.0
-    schedule: str = "constant"
-    every: int = 1
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        check_known([self.method], REGULARIZERS, "regularizer")
-        check_known([self.schedule], SCHEDULES, "schedule")
-        _check_options(self.method, REGULARIZERS[self.method], self.options)
-        if not 0 <= self.strength < math.inf:
-            raise ValueError(f"{self.method}: strength must be 0 or more, got {self.strength!r}")
-        if self.every < 1:
-            raise ValueError(f"{self.method}: every must be at least 1, got {self.every!r}")
-
-    @property
-    def learns_bits(self) -> bool:
-        """Whether it learns the bits of weights."""
-        return self.method == "waveq" and bool(self.options.get("learn", True))
-
-    def fits(self, weights: QuantizerConfig | None) -> bool:
-        """Whether it works on weights with this quantizer."""
-        known = REGULARIZERS[self.method].works_with
-        return not known or (weights is not None and weights.method in known)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SatNLConfig:
-    """A saturating nonlinearity on every weight: the options of `SatNL`."""
-
-    function: str = "tanh"
-    d: float | None = None
-    invert: bool = True
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        check_known([self.function], SATURATING, "function of satnl")
-        number = isinstance(self.d, (int, float)) and not isinstance(self.d, bool)
-        if self.d is not None and not (number and 0 < self.d < math.inf):
-            raise ValueError(f"satnl: d must be a positive number, got {self.d!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +59,7 @@ class RobustQConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         if self.first_last not in ("float", 8, "same"):
             raise ValueError(f"first_last must be 'float', 8 or 'same', got {self.first_last!r}")
         if self.oscillations not in ("ignore", "watch", "freeze"):
@@ -247,10 +121,10 @@ class RobustQConfig:
         if isinstance(regularizers, Mapping):
             regularizers = [{"method": name, **(options or {})} for name, options in regularizers.items()]
         if "regularizers" in given:
-            given["regularizers"] = tuple(_nested(RegularizerConfig, "regularizers", one) for one in regularizers)
+            given["regularizers"] = tuple(nested(RegularizerConfig, "regularizers", one) for one in regularizers)
         for name in ("weights", "activations"):
             if given.get(name) is not None:
-                given[name] = _nested(QuantizerConfig, name, given[name])
+                given[name] = nested(QuantizerConfig, name, given[name])
         if given.get("satnl") is not None and not isinstance(given["satnl"], SatNLConfig):
             values = given["satnl"]
             if not isinstance(values, Mapping):
@@ -276,24 +150,3 @@ class RobustQConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{path}: expected a mapping of config keys")
         return cls.from_dict(values)
-
-
-def _nested(cls: type[Any], where: str, values: Any) -> Any:
-    """One nested config; keys that are no field are the method's own options."""
-    if isinstance(values, cls):
-        return values
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: expected a mapping of options, got {values!r}")
-    own = [f.name for f in fields(cls)]
-    table, default = (QUANTIZERS, "fixed") if cls is QuantizerConfig else (REGULARIZERS, None)
-    method = values.get("method", default)
-    check_known([method], table, "quantizer" if cls is QuantizerConfig else "regularizer")
-    given = {key: value for key, value in values.items() if key in own}
-    options = {key: value for key, value in values.items() if key not in own}
-    check_known(options, [*option_names(table[method]), *own], f"key of {method}")
-    missing = [
-        f.name for f in fields(cls) if f.name not in given and f.default is MISSING and f.default_factory is MISSING
-    ]
-    if missing:
-        raise ValueError(f"{where}: {missing[0]} is missing")
-    return cls(**{**given, "options": {**given.get("options", {}), **options}})
