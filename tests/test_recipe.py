@@ -372,7 +372,7 @@ def test_the_parsers_recipe_end_to_end_on_generated_sentences(tmp_path):
     assert "A smoke run on generated sentences" in done.stdout
     for metric in ("LAS", "UPOS"):
         text = done.stdout.split(f"{metric}:\n")[1]
-        rows = dict(re.findall(r"^\| (\w+) \|(.*)\|$", text.split("\n\n")[1], re.MULTILINE))
+        rows = dict(re.findall(r"^\| (\w+) \|(.*)\|$", text.split("\n\n")[0], re.MULTILINE))
         figures = {name: len(re.findall(r"\d+\.\d\d", row)) for name, row in rows.items()}
         assert figures == {"float": 1, "finetuned": 2, "waveq": 3, "afterwards": 3, "qat": 3, "lsq": 3}
     fixed = re.search(r"bit-widths are fixed, [0-9.]+ in the mean: (.*)", done.stdout).group(1)

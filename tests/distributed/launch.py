@@ -16,8 +16,10 @@ SCRIPT = ROOT / "tests" / "distributed" / "train.py"
 ON_ONE = ("single_gpu", "multi_cpu")
 
 
-def launch(out: Path, config: str, *arguments: str, processes: int | None = None, lean: bool = False) -> None:
-    """Run `train.py` as `accelerate_configs/<config>.yaml` says, with gloo instead of NCCL and in float32.
+def launch(
+    out: Path, config: str, *arguments: str, processes: int | None = None, lean: bool = False, script: Path = SCRIPT
+) -> None:
+    """Run `train.py`, or another script, as `accelerate_configs/<config>.yaml` says, with gloo for NCCL, in float32.
 
     `lean`: with FSDP's `cpu_ram_efficient_loading`.
     """
@@ -33,7 +35,7 @@ def launch(out: Path, config: str, *arguments: str, processes: int | None = None
         port = sock.getsockname()[1]
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(out / "accelerate.yaml"),
-        "--main_process_port", str(port), str(SCRIPT), str(out), *arguments,
+        "--main_process_port", str(port), str(script), str(out), *arguments,
     ]  # fmt: skip
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own}, timeout=300)

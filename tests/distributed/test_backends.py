@@ -1,6 +1,7 @@
 """Every backend against one process: `accelerate launch`, the real Trainer, two gloo processes."""
 
 import importlib.util
+import json
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_robustq  # noqa: F401 (registers its method with transformers)
 from hf_robustq.functional import SMALLEST
-from tests.distributed.launch import Run, launch
+from tests.distributed.launch import SCRIPT, Run, launch
 from tests.distributed.train import SETTINGS
 from tests.zoo import llama, tokens
 
@@ -232,6 +233,16 @@ def test_what_is_recomputed_comes_from_parameters_gathered_anew(run, config):
         for one, two, three in zip(plain.ranks, kept.ranks, recomputed.ranks, strict=True):
             print(one["kept"], two["kept"], three["kept"])
             assert two["kept"] > one["kept"] + quantized and three["kept"] < 1.15 * one["kept"]
+
+
+def test_trees_of_sentences_of_any_length_are_gathered_as_on_one_process(tmp_path):
+    found = []
+    for config in ("single_gpu", "multi_cpu"):
+        launch(tmp_path / config, config, script=SCRIPT.with_name("parse.py"))
+        found.append(json.loads((tmp_path / config / "metrics.json").read_text()))
+    one, two = found
+    assert one["samples"] == two["samples"] == [21] * 3 and len(one) == 1 + 4 * 3
+    assert two == one
 
 
 def test_an_uneven_last_batch_is_counted_once(run):
