@@ -11,13 +11,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    EvalPrediction,
     HfArgumentParser,
     Trainer,
     TrainingArguments,
 )
 
 from hf_robustq import RobustTrainer as Trainer  # robustq # noqa: F811
-from hf_robustq.metrics import compute_accuracy
 
 ROBUSTQ = {"regularizers": {"kure": {"strength": 1.0}}, "weights": {"bits": 8}, "activations": {"bits": 8}}  # robustq
 
@@ -31,13 +31,18 @@ class ScriptArguments:
     eval_split: str = "test"
 
 
+def accuracy(predicted: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())}
+
+
 def main() -> None:
     script, args = HfArgumentParser([ScriptArguments, TrainingArguments]).parse_args_into_dataclasses()
     tokenizer = AutoTokenizer.from_pretrained(script.model_name_or_path)
     splits = load_dataset(script.dataset_name)
-    splits = splits.rename_column(script.label_column, "labels")
+    if script.label_column != "labels":
+        splits = splits.rename_column(script.label_column, "labels")
     splits = splits.map(lambda rows: tokenizer(rows[script.text_column], truncation=True), batched=True)
-    classes = len(set(splits["train"]["labels"]))
+    classes = 1 + max(max(split["labels"]) for split in splits.values())
     model = AutoModelForSequenceClassification.from_pretrained(script.model_name_or_path, num_labels=classes)
     trainer = Trainer(
         model=model,
@@ -46,7 +51,7 @@ def main() -> None:
         eval_dataset=splits[script.eval_split],
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=compute_accuracy,
+        compute_metrics=accuracy,
         robustq=ROBUSTQ,  # robustq
         sweep=["fp", "trained", "w4a8", "w3a8"],  # robustq
     )

@@ -4,6 +4,7 @@
         --dataset_name <hub id or folder> --output_dir outputs/tagger --num_train_epochs 3 --eval_strategy epoch
 
 The dataset has a column of words and one of their tags, as text, or as classes (numbers).
+Words beyond the model's positions are neither learned nor scored; how many there are is printed.
 """
 
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
     DataCollatorForTokenClassification,
+    EvalPrediction,
     HfArgumentParser,
     Trainer,
     TrainingArguments,
 )
 
 from hf_robustq import RobustTrainer as Trainer  # robustq # noqa: F811
-from hf_robustq.metrics import compute_accuracy
 
 ROBUSTQ = {"weights": {"method": "lsq", "bits": 4}, "activations": {"method": "lsq", "bits": 8}}  # robustq
 
@@ -32,6 +33,11 @@ class ScriptArguments:
     words_column: str = "tokens"
     tags_column: str = "tags"
     eval_split: str = "test"
+
+
+def accuracy(predicted: EvalPrediction) -> dict[str, float]:
+    scored = predicted.label_ids != -100
+    return {"accuracy": float((predicted.predictions.argmax(-1) == predicted.label_ids)[scored].mean())}
 
 
 def main() -> None:
@@ -52,7 +58,10 @@ def main() -> None:
             )
         return encoded
 
+    words = sum(len(tags) for split in splits.values() for tags in split[script.tags_column])
     splits = splits.map(encode, batched=True, remove_columns=splits["train"].column_names)
+    kept = sum(label != -100 for split in splits.values() for labels in split["labels"] for label in labels)
+    print(f"{words - kept} of {words} words have no place in the model's input")
     model = AutoModelForTokenClassification.from_pretrained(script.model_name_or_path, num_labels=len(names))
     trainer = Trainer(
         model=model,
@@ -61,7 +70,7 @@ def main() -> None:
         eval_dataset=splits[script.eval_split],
         data_collator=DataCollatorForTokenClassification(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=compute_accuracy,
+        compute_metrics=accuracy,
         robustq=ROBUSTQ,  # robustq
         scale_lr=1e-3,  # robustq
         sweep=["fp", "trained", "w8a8", "w4a8"],  # robustq

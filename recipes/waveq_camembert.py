@@ -5,7 +5,6 @@ With a treebank: CamemBERT, or where it is not at hand an encoder and a tokenize
 
     accelerate launch recipes/waveq_camembert.py
     accelerate launch recipes/waveq_camembert.py --dataset_name <treebank folder>
-    accelerate launch recipes/waveq_camembert.py --preset scratch --dataset_name <treebank folder> --seed 1
     accelerate launch recipes/waveq_camembert.py --variants kure lsq --dataset_name <hub id> --dataset_config_name <..>
 
 "waveq" learns which weights get 4 bits and which 5, under a budget of their mean; run first, it says so for the others:
@@ -13,6 +12,8 @@ With a treebank: CamemBERT, or where it is not at hand an encoder and a tokenize
 with KURE, "lsq" with learned steps. LAS is the metric of the sweep; every TrainingArguments flag works.
 """
 
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,11 +66,14 @@ def stages(recipe: RecipeArguments, variant: str, bits: Mapping[str, int]) -> di
 
 
 def preset() -> str:
-    """For a treebank: CamemBERT's, where it can be loaded."""
+    """For a treebank: that of trained encoders, where one is named or CamemBERT can be loaded."""
+    if any(flag.split("=")[0] == "--model_name_or_path" for flag in sys.argv):
+        return "finetune"
     try:
         AutoConfig.from_pretrained(CAMEMBERT)
     except OSError:
-        print(f"{CAMEMBERT} cannot be loaded here: an encoder is trained from scratch")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{CAMEMBERT} cannot be loaded here: an encoder is trained from scratch")
         return "scratch"
     return "finetune"
 
@@ -87,9 +91,10 @@ def main() -> None:
     if run.pretrained is not None:
         note("float", run.pretrained)
     bits: dict[str, int] = {}
+    float_sweep = [one for one in recipe.sweep if one != "trained" and "@learned" not in one] or ["fp"]
     for variant in sorted(recipe.variants, key=VARIANTS.index):
         if variant == "afterwards":
-            tuned = run.fit("finetuned", {}, sweep=[s for s in recipe.sweep if s != "trained" and "@learned" not in s])
+            tuned = run.fit("finetuned", {}, sweep=float_sweep)
             note("finetuned", tuned)
             tuned.robustq.detach()
             trainer = run.fit(variant, stages(recipe, variant, bits), model=tuned.model, train=False)
@@ -111,5 +116,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         raise SystemExit(f"error: {error}") from None

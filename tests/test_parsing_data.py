@@ -110,6 +110,11 @@ def test_what_is_wrong_in_a_file_is_said_with_its_line(tmp_path):
     file.write_text(file.read_text().replace("\tDET\t", "\tDET\t_\t", 1))
     with pytest.raises(ValueError, match=r"en_made-ud-train.conllu:1: 11 columns separated by tabs"):
         load_treebank(str(path))
+    file.write_bytes(b"# sent_id = 1\n# text = \xe9t\xe9\n")
+    with pytest.raises(ValueError, match="en_made-ud-train.conllu:2: not UTF-8"):
+        load_treebank(str(path))
+    with pytest.raises(ValueError, match=f"holds treebanks in its folders: name them, such as {path}"):
+        load_treebank(str(tmp_path))
     file.unlink()
     with pytest.raises(ValueError, match="has no training sentences: a folder needs a file named like"):
         load_treebank(str(path))
@@ -128,6 +133,10 @@ def test_a_dataset_of_the_hub_is_read_by_its_columns(tmp_path):
     read = load_treebank(str(tmp_path / "hub"))
     expected = {"words": ["de", "le", "thé"], "upos": ["ADP", "DET", "NOUN"], "heads": [3, 3, 0]}
     assert read.keys() == {"train", "dev"} and list(read["dev"]) == [{**expected, "deprels": row["deprel"][1:]}]
+    broken = {**row, "head": ["None", "3", "-1", "0"]}
+    Dataset.from_list([row, broken], features=features).to_parquet(tmp_path / "hub" / "validation.parquet")
+    with pytest.raises(ValueError, match="hub validation row:1: token 3 has the label 'det' and no head, but '-1'"):
+        load_treebank(str(tmp_path / "hub"))
     broken = {**row, "head": ["None", "3", "0", "0"]}
     Dataset.from_list([row, broken], features=features).to_parquet(tmp_path / "hub" / "validation.parquet")
     with pytest.raises(ValueError, match="hub validation row:1: a tree has one root, and .* are 2, 3"):
@@ -178,7 +187,7 @@ def test_labels_that_training_never_had_are_named_and_count_as_errors(caplog):
     with caplog.at_level(logging.WARNING):
         labels = Labels.of([train], [dev])
     assert labels.upos == ("X", "Y") and labels.names("upos") == ("X", "Y", "Z")
-    assert "no model predicts: Z" in caplog.text and "no model predicts: dep" in caplog.text
+    assert "gets wrong: Z" in caplog.text and "gets wrong: dep" in caplog.text
     (row,) = encode(dev, train_tokenizer([["a", "b"]], 50), labels)
     gold = tuple(np.array([row[name]]) for name in ANNOTATIONS)
     ours = tuple(np.where(one < known, one, 0) for one, known in zip(gold, (2, 9, 2), strict=True))
@@ -205,6 +214,33 @@ def test_a_trained_tokenizer_is_saved_and_loaded(tmp_path, bank, tokenizer):
 
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def test_a_tokenizer_that_joins_words_is_refused(tokenizer):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = {}
+    for space in (True, False):
+        one = Tokenizer(models.BPE())
+        one.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
+        one.train_from_iterator(
+            ["a cat a dog"] * 3,
+            trainers.BpeTrainer(special_tokens=["<unk>", "<pad>"], vocab_size=60, show_progress=False),
+        )
+        made[space] = PreTrainedTokenizerFast(tokenizer_object=one, unk_token="<unk>", pad_token="<pad>")
+    check_tokenizer(made[True], "roberta")
+    with pytest.raises(ValueError, match="roberta joins words without a space: load it with add_prefix_space=True"):
+        check_tokenizer(made[False], "roberta")
+
+
+def test_parse_refuses_what_it_would_lose(bank, tokenizer):
+    model = small(Labels.of([bank["train"]]), tokenizer)
+    most = longest(model.encoder, tokenizer)
+    with pytest.raises(ValueError, match=rf"of {most} words has \d+ subwords, and the encoder takes {most}"):
+        parse(model, tokenizer, [["cat"] * most])
+    with pytest.raises(ValueError, match="sentence 2 has no words"):
+        parse(model, tokenizer, [["a"], []])
 
 
 def test_how_many_subwords_an_encoder_takes(tokenizer):
@@ -305,20 +341,24 @@ def test_epochs_and_runs_tokenize_a_sentence_once(tmp_path, monkeypatch):
     calls = []
     kind = type(tokenizer)
     encoded = kind._encode_plus
-    monkeypatch.setattr(
-        kind, "_encode_plus", lambda self, text, **k: calls.append(len(text)) or encoded(self, text, **k)
-    )
+
+    def counted(self, text, **options):
+        if isinstance(text[0], list):  # sentences; a few words alone show what the tokenizer is like
+            calls.append(len(text))
+        return encoded(self, text, **options)
+
+    monkeypatch.setattr(kind, "_encode_plus", counted)
     config = {"weights": {"bits": 8}, "activations": {"bits": 8}}
     run = trainer(tmp_path, banks, tokenizer, 3, robustq=config, sweep=["trained", "w4a8"])
     first = sum(calls)
-    assert first == 30 + 10 + 2  # and two to find the special tokens
+    assert first == 30 + 10
     run.train()
     assert sum(calls) == first
     rows = run.sweep_callback.sweeps[-1].rows
     assert len(run.sweep_callback.sweeps) == 3 and {"upos", "uas", "las", "loss"} == rows[0].metrics.keys()
     assert run.state.log_history[-2]["eval_worst"] == min(row.metrics["las"] for row in rows)
     trainer(tmp_path, load_treebank(str(path)), tokenizer, 1, robustq=config, sweep=())
-    assert sum(calls) == first + 2
+    assert sum(calls) == first
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # udtools leaves files open

@@ -372,10 +372,23 @@ def test_mixed_bits_are_those_of_the_first_pattern_that_matches():
     assert RobustQConfig.from_dict(plugin.config.to_dict()) == plugin.config
     for wrong, message in (
         ({"mixed": {"nothing.*": 4}}, "mixed: pattern 'nothing.*' matches no staged weight"),
+        ({"mixed": 5}, "mixed must be a mapping of patterns to bits, got 5"),
         ({"mixed": {"1.weight": 17}}, "mixed: bits of 1.weight must be a whole number from 2 to 16"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             RobustQ(torch.nn.Sequential(torch.nn.Linear(4, 4)), {"weights": {"bits": 4, **wrong}, "first_last": "same"})
+
+
+def test_mixed_bits_leave_the_edges_alone_and_go_with_a_change_of_bits():
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(3)))
+    with pytest.raises(ValueError, match="mixed: pattern '0.*' matches no staged weight"):
+        RobustQ(model, {"weights": {"bits": 4, "mixed": {"0.*": 5}}, "first_last": 8})
+    plugin = RobustQ(model, {"weights": {"method": "lsq", "bits": 4, "mixed": {"1.*": 6}}, "first_last": 8})
+    plugin.calibrate([torch.randn(8, 4)], lambda model, x: model(x))
+    assert plugin.trained_bits()["weights"] == 6
+    plugin.change_bits(3, None)
+    assert [layer.bits for layer in plugin.size().layers] == [8, 3, 8] and plugin.trained_bits()["weights"] == 3
+    assert plugin.config.weights.bits_of("1.weight") == 3
 
 
 def test_mixed_bits_round_each_weight_to_its_own_grid():

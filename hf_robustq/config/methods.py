@@ -42,6 +42,8 @@ class QuantizerConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_bits(self.bits)
+        if not isinstance(self.mixed, Mapping) or not all(isinstance(pattern, str) for pattern in self.mixed):
+            raise ValueError(f"mixed must be a mapping of patterns to bits, got {self.mixed!r}")
         for pattern, bits in self.mixed.items():
             check_bits(bits, f"mixed: bits of {pattern}")
         check_known([self.method], QUANTIZERS, "quantizer")

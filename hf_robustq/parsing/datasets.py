@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from hf_robustq.parsing.subwords import specials, subwords
+from hf_robustq.parsing.subwords import check_tokenizer, specials, subwords
 from hf_robustq.parsing.treebanks import check_tree, read_conllu, rows_of
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ ON_THE_HUB = {"train": "train", "validation": "dev", "dev": "dev", "test": "test
 COLUMNS = {"words": ("tokens", "words", "form"), "upos": ("upos",), "heads": ("head", "heads")}
 COLUMNS["deprels"] = ("deprel", "deprels")
 HELD_OUT = 10
+READ = "1"
+"""Goes up when a treebank is read in another way: what the cache holds is then not taken."""
 
 
 def load_treebank(name: str, config: str | None = None) -> dict[str, Dataset]:
@@ -35,6 +37,9 @@ def load_treebank(name: str, config: str | None = None) -> dict[str, Dataset]:
     and where there is no training split.
     """
     path = Path(name)
+    if path.is_dir() and not any(path.glob("*.conllu")) and any(path.glob("*/*.conllu")):
+        below = sorted({str(file.parent) for file in path.glob("*/*.conllu")})
+        raise ValueError(f"{name} holds treebanks in its folders: name them, such as {below[0]}")
     if path.is_file():
         whole = _read([path])
         every = range(HELD_OUT - 1, len(whole), HELD_OUT)
@@ -45,6 +50,8 @@ def load_treebank(name: str, config: str | None = None) -> dict[str, Dataset]:
         for file in sorted(path.glob("*.conllu")):
             if match := SPLIT.search(file.name):
                 files.setdefault(match[1], []).append(file)
+            else:
+                logger.warning("%s is not read: its name says neither train, dev nor test", file)
         found = {split: _read(group) for split, group in files.items()}
     else:
         found = _from_hub(name, config)
@@ -61,7 +68,7 @@ def _read(files: Sequence[Path]) -> Dataset:
 
     digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     try:
-        made = Dataset.from_generator(_rows, gen_kwargs={"files": [str(f) for f in files], "digests": digests})
+        made = Dataset.from_generator(_rows, gen_kwargs={"files": [str(f) for f in files], "key": f"{READ} {digests}"})
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None
@@ -70,7 +77,7 @@ def _read(files: Sequence[Path]) -> Dataset:
     return made
 
 
-def _rows(files: Sequence[str], digests: Sequence[str]) -> Iterator[dict[str, Any]]:  # noqa: ARG001 (for the cache)
+def _rows(files: Sequence[str], key: str) -> Iterator[dict[str, Any]]:  # noqa: ARG001 (for the cache)
     for file in files:
         yield from map(rows_of, read_conllu(file))
 
@@ -96,7 +103,12 @@ def _from_hub(name: str, config: str | None) -> dict[str, Dataset]:
                 with_indices=True,
                 remove_columns=dataset.column_names,
                 features=features,
-                fn_kwargs={"columns": columns, "classes": _classes(dataset, columns), "where": f"{name} {split} row"},
+                fn_kwargs={
+                    "columns": columns,
+                    "classes": _classes(dataset, columns),
+                    "where": f"{name} {split} row",
+                    "version": READ,
+                },
             )
             assert isinstance(made, Dataset)
             found[ours] = made
@@ -111,14 +123,26 @@ def _classes(dataset: Any, columns: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _normalised(
-    row: Mapping[str, Any], index: int, columns: Mapping[str, str], classes: Mapping[str, Sequence[str]], where: str
+    row: Mapping[str, Any],
+    index: int,
+    columns: Mapping[str, str],
+    classes: Mapping[str, Sequence[str]],
+    where: str,
+    version: str,  # noqa: ARG001 (for the cache)
 ) -> dict[str, Any]:
-    """A row of the Hub's; multiword tokens and empty nodes among its tokens have no head, and are left out."""
-    words = [i for i, head in enumerate(row[columns["heads"]]) if str(head).isdecimal()]
+    """A row of the Hub's; multiword tokens and empty nodes among its tokens have no head or label, and are left out."""
+    words = []
+    for i, (head, label) in enumerate(zip(row[columns["heads"]], row[columns["deprels"]], strict=True)):
+        if str(head).removesuffix(".0").isdecimal():
+            words.append(i)
+        elif label not in (None, "", "_", "None"):
+            raise ValueError(f"{where}:{index}: token {i + 1} has the label {label!r} and no head, but {head!r}")
+    if not words:
+        raise ValueError(f"{where}:{index}: a sentence without words")
     made = {key: [row[column][i] for i in words] for key, column in columns.items()}
     for key, names in classes.items():
         made[key] = [names[i] for i in made[key]]
-    made["heads"] = [int(head) for head in made["heads"]]
+    made["heads"] = [int(float(head)) for head in made["heads"]]
     check_tree(where, index, made["heads"], [index] * len(words))
     return made
 
@@ -143,9 +167,7 @@ class Labels:
         new = {key: sorted({*_distinct(others, key)} - {*getattr(self, key)}) for key in ("upos", "deprels")}
         for key, names in new.items():
             if names:
-                logger.warning(
-                    "%s that no training sentence has, and that no model predicts: %s", key, ", ".join(names)
-                )
+                logger.warning("%s that the model does not know, and gets wrong: %s", key, ", ".join(names))
         return type(self)(self.upos, self.deprels, tuple(new["upos"]), tuple(new["deprels"]))
 
     def names(self, key: str) -> tuple[str, ...]:
@@ -163,6 +185,7 @@ def encode(dataset: Dataset, tokenizer: Any, labels: Labels, limit: int | None =
     Made once for these rows, tokenizer and labels, in the cache of `datasets`. Raises `ValueError` for a sentence of
     more than `limit` subwords with the special ones: nothing is cut off.
     """
+    check_tokenizer(tokenizer, tokenizer.name_or_path)
     names = {key: labels.names(key) for key in ("upos", "deprels")}
     ids = {key: {name: i for i, name in enumerate(known)} for key, known in names.items()}
     tokenizer_json = tokenizer.backend_tokenizer.to_str()
@@ -180,12 +203,6 @@ def encode(dataset: Dataset, tokenizer: Any, labels: Labels, limit: int | None =
 def _encoded(
     rows: Mapping[str, list[Any]], tokenizer: Any, around: Any, ids: Mapping[str, Mapping[str, int]], limit: int | None
 ) -> dict[str, list[Any]]:
-    made = subwords(rows["words"], tokenizer, around)
-    for words, pieces in zip(rows["words"], made["input_ids"], strict=True):
-        if limit is not None and len(pieces) > limit:
-            raise ValueError(
-                f"a sentence of {len(words)} words has {len(pieces)} subwords, and the encoder takes {limit}: choose "
-                f"an encoder with more positions, or split the sentence in the treebank: {' '.join(words[:8])} ..."
-            )
+    made = subwords(rows["words"], tokenizer, around, limit)
     annotated = {key: [[ids[key][name] for name in names] for names in rows[key]] for key in ids}
     return {**made, **annotated, "heads": rows["heads"]}

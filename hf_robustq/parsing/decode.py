@@ -13,12 +13,14 @@ def decode(scores: np.ndarray) -> np.ndarray:
     """
     from ufal.chu_liu_edmonds import chu_liu_edmonds  # type: ignore[attr-defined]
 
-    scores = np.asarray(scores, dtype=np.float64)
+    scores = np.array(scores, dtype=np.float64)
     n = len(scores)
     if scores.shape != (n, n + 1) or not n:
         raise ValueError(f"scores are [words, words + 1], for at least one word, got {scores.shape}")
     if not np.isfinite(scores).all():
         raise ValueError("scores of arcs that are not finite: the network has diverged")
+    own = np.arange(n)
+    scores[own, own + 1] = scores[:, 0]  # of a word as its own head: is never taken, and may be the lowest float
     scores = scores - scores.max(1, keepdims=True)  # every word has one head: the same trees are best
     scores[:, 0] -= 1.0 - n * scores.min()  # more than any tree loses: a second arc from the root never pays
     matrix = np.full((n + 1, n + 1), np.nan)

@@ -39,6 +39,9 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
         )
     if tokenizer.unk_token_id is None or tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer of {name} needs an unknown and a padding token: set unk_token and pad_token")
+    plain = tokenizer("a a", add_special_tokens=False)["input_ids"]
+    if tokenizer(["a", "a"], is_split_into_words=True, add_special_tokens=False)["input_ids"] != plain:
+        raise ValueError(f"the tokenizer of {name} joins words without a space: load it with add_prefix_space=True")
 
 
 def longest(encoder: nn.Module, tokenizer: Any) -> int | None:
@@ -60,9 +63,12 @@ def specials(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def subwords(
-    sentences: Sequence[Sequence[str]], tokenizer: Any, around: tuple[list[int], list[int]]
+    sentences: Sequence[Sequence[str]], tokenizer: Any, around: tuple[list[int], list[int]], limit: int | None = None
 ) -> dict[str, list[list[int]]]:
-    """input_ids, attention_mask and word_ids (-1: none) of each sentence; a word without subwords becomes unknown."""
+    """input_ids, attention_mask and word_ids (-1: none) of each sentence; a word without subwords becomes unknown.
+
+    Raises `ValueError` for a sentence of more than `limit` subwords, and for one without words.
+    """
     before, after = around
     made = tokenizer([list(words) for words in sentences], is_split_into_words=True, add_special_tokens=False)
     result: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "word_ids": []}
@@ -73,6 +79,13 @@ def subwords(
         pieces = [piece or [tokenizer.unk_token_id] for piece in pieces]
         inside = [word for word, own in enumerate(pieces) for _ in own]
         ids = [*before, *(piece for own in pieces for piece in own), *after]
+        if not words:
+            raise ValueError(f"sentence {i + 1} has no words: leave it out")
+        if limit is not None and len(ids) > limit:
+            raise ValueError(
+                f"a sentence of {len(words)} words has {len(ids)} subwords, and the encoder takes {limit}: choose an "
+                f"encoder with more positions, or split the sentence in the treebank: {' '.join(words[:8])} ..."
+            )
         result["input_ids"].append(ids)
         result["attention_mask"].append([1] * len(ids))
         result["word_ids"].append([-1] * len(before) + inside + [-1] * len(after))

@@ -78,9 +78,12 @@ def write_conllu(
 def _paragraphs(path: Path) -> Iterator[tuple[int, list[str]]]:
     """The number of the first line, and the lines, of each sentence."""
     begin, lines = 1, []
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file, 1):
-            line = line.rstrip("\r\n")
+    with path.open("rb") as file:
+        for number, read in enumerate(file, 1):
+            try:
+                line = read.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError:
+                raise ValueError(f"{path}:{number}: not UTF-8, which CoNLL-U is in") from None
             if line.strip():
                 begin = begin if lines else number
                 lines.append(line)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_robustq.metrics import IGNORED, dependency_scores
 from hf_robustq.parsing.decode import decode
-from hf_robustq.parsing.subwords import ParserCollator, specials, subwords
+from hf_robustq.parsing.subwords import ParserCollator, check_tokenizer, longest, specials, subwords
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction
@@ -26,7 +26,7 @@ def decoded(scores: Sequence[Tensor], gold: Sequence[Tensor]) -> tuple[Tensor, T
     """upos, heads and deprels [B, W] of the best tree; -100 where no word is. A `preprocess_logits_for_metrics`.
 
     scores   of `DependencyParserOutput`: [B, W, tags], [B, W, W + 1], [B, W, W + 1, labels]
-    gold     `ANNOTATIONS`, [B, W] each, of which only is read where a word is
+    gold     `ANNOTATIONS`, [B, W] each, read only for which places hold words
     """
     tags, arcs, labels = scores[:3]
     best = labels.argmax(-1).cpu()
@@ -72,14 +72,20 @@ def scorer(labels: Labels) -> Callable[[EvalPrediction], dict[str, float]]:
 def parse(
     model: Any, tokenizer: Any, sentences: Sequence[Sequence[str]], batch_size: int = 32
 ) -> list[dict[str, list[Any]]]:
-    """{"upos", "heads", "deprels"} of sentences of words; a head is the number of a word, 0 the root."""
+    """{"upos", "heads", "deprels"} of sentences of words; a head is the number of a word, 0 the root.
+
+    The model is in evaluation mode afterwards. Raises `ValueError` for a sentence without words or longer than the
+    encoder's positions.
+    """
+    check_tokenizer(tokenizer, tokenizer.name_or_path)
     model.eval()
     names = {"upos": model.config.upos, "deprels": model.config.deprels}
+    limit = longest(model.encoder, tokenizer)
     around, collate = specials(tokenizer), ParserCollator(tokenizer.pad_token_id)
     made = []
     for start in range(0, len(sentences), batch_size):
         some = sentences[start : start + batch_size]
-        encoded = subwords(some, tokenizer, around)
+        encoded = subwords(some, tokenizer, around, limit)
         batch = collate([{key: values[i] for key, values in encoded.items()} for i in range(len(some))])
         out = model(**{key: tensor.to(model.device) for key, tensor in batch.items()})
         words = torch.nn.utils.rnn.pad_sequence([torch.zeros(len(s)) for s in some], True, IGNORED).to(model.device)

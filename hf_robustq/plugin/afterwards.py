@@ -100,6 +100,6 @@ def change_bits(plugin: RobustQ, weights: int | None, activations: int | None) -
             own: QuantizerConfig | None = getattr(plugin.config, name)
             if own is None:
                 raise ValueError(f"the model has no quantizers of its {name}: there is no clip range to keep")
-            changes[name] = replace(own, bits=bits)
+            changes[name] = replace(own, bits=bits, mixed={})
     plugin.config = replace(plugin.config, **changes, budget=None)
     mark(plugin)

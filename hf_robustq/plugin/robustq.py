@@ -72,12 +72,8 @@ class RobustQ:
         if not self.sites:
             reasons = "; ".join(f"{one.name}: {one.reason}" for one in self.left_out)
             raise ValueError(f"no weight to work on in this model ({reasons or 'no Linear or convolution in it'})")
-        mixed = [name for one in (config.weights, config.activations) if one is not None for name in one.mixed]
-        for what, patterns in (("weights_only", config.weights_only), ("mixed", mixed)):
-            for pattern in patterns:
-                if not any(fnmatchcase(site.name, pattern) for site in self.sites):
-                    raise ValueError(f"{what}: pattern {pattern!r} matches no staged weight")
         self.edges = edges if config.first_last == 8 else {}
+        self._check_patterns()
         self._attach()
         self.ema: EMA | None = None
         self.watch = FiniteWatch(model)
@@ -93,6 +89,19 @@ class RobustQ:
             if isinstance(plugin := vars(module).get(PLUGIN), cls):
                 return plugin
         raise ValueError("this model has no stages: create RobustQ(model, config), or load a folder that has them")
+
+    def _check_patterns(self) -> None:
+        config = self.config
+        own = {site.name: site for site in self.sites if site.name not in self.edges}
+        with_inputs = [name for name, site in own.items() if not float_input(config, site)]
+        for what, patterns, names in (
+            ("weights_only", config.weights_only, [site.name for site in self.sites]),
+            ("mixed", config.weights.mixed if config.weights else (), own),
+            ("mixed", config.activations.mixed if config.activations else (), with_inputs),
+        ):
+            for pattern in patterns:
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    raise ValueError(f"{what}: pattern {pattern!r} matches no staged weight")
 
     def _attach(self) -> None:
         shared: dict[int, dict[str, nn.Module] | nn.Sequential] = {}
@@ -222,7 +231,9 @@ class RobustQ:
     def trained_bits(self) -> dict[str, float | None]:
         """{"weights", "activations"}: storage bits the model is trained with, in the mean where layers differ."""
         own = {"weights": self.config.weights, "activations": self.config.activations}
-        means = {name: mean_bits(config, self.sites, self.edges) for name, config in own.items()}
+        sites = [site for site in self.sites if site.name not in self.edges]
+        quantized = {"weights": sites, "activations": [s for s in sites if not float_input(self.config, s)]}
+        means = {name: mean_bits(config, quantized[name]) for name, config in own.items()}
         return {**means, "weights": self.bits.metrics().get("bits", means["weights"])}
 
     def metrics(self) -> dict[str, float]:

@@ -76,11 +76,11 @@ def _refuse_nested(quantizer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> No
         )
 
 
-def mean_bits(config: QuantizerConfig | None, sites: Sequence[Site], edges: Collection[str]) -> float | None:
-    """Storage bits of a quantizer's config, in the mean over the weights that are no edges; None for none."""
+def mean_bits(config: QuantizerConfig | None, sites: Sequence[Site]) -> float | None:
+    """Storage bits of a quantizer's config, in the mean over these weights; None for no quantizer."""
     if config is None or not config.mixed:
         return config and config.bits
-    bits = [config.bits_of(site.name) for site in sites if site.name not in edges]
+    bits = [config.bits_of(site.name) for site in sites]
     return sum(bits) / len(bits) if bits else config.bits
 
 

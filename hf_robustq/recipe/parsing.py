@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_robustq.config import check_known
 from hf_robustq.recipe.run import Run, RunArguments
 from hf_robustq.sweep import Sweep
 
@@ -72,7 +73,12 @@ class ParserRun(Run):
         self.labels, self.banks, self.encoded = labels, banks, encoded
         self.train = concatenate_datasets([bank["train"] for bank in encoded.values()])
         dev = {name: bank["dev"] for name, bank in encoded.items() if "dev" in bank}
-        self.evaluation = dev if len(dev) > 1 else next(iter(dev.values()), None)
+        self.evaluation = (dev or None) if len(encoded) > 1 else next(iter(dev.values()), None)
+        if self.evaluation is None and self.args.eval_strategy != "no":
+            raise ValueError(
+                f"no sentences to evaluate on in {', '.join(banks)}: add a file named like fr_partut-ud-dev.conllu, or "
+                "say --eval_strategy no"
+            )
         names = self.recipe.dataset_name or []
         if len(names) == 1 and not Path(names[0]).exists():
             self.dataset = names[0]
@@ -93,7 +99,8 @@ class ParserRun(Run):
 
     def finish(self, trainer: Any) -> None:
         """Sweep the test sets too."""
-        super().finish(trainer)
+        if self.evaluation is not None:
+            super().finish(trainer)
         for name, bank in self.encoded.items():
             if "test" in bank:
                 trainer.evaluate(bank["test"], metric_key_prefix=self.prefix("test", name))
@@ -120,7 +127,11 @@ def treebanks(arguments: ParserArguments) -> dict[str, Mapping[str, Any]]:
 
     if not arguments.dataset_name:
         return {"generated": generated_treebank()}
-    return {Path(name).stem: load_treebank(name, arguments.dataset_config_name) for name in arguments.dataset_name}
+    names = [Path(name).name.removesuffix(".conllu") for name in arguments.dataset_name]
+    if len({*names}) < len(names):
+        raise ValueError(f"two treebanks are called {max(names, key=names.count)}: rename one")
+    banks = [load_treebank(name, arguments.dataset_config_name) for name in arguments.dataset_name]
+    return dict(zip(names, banks, strict=True))
 
 
 def parser(arguments: ParserArguments, labels: Any, train: list[Any]) -> tuple[Any, Any, str]:
@@ -133,19 +144,32 @@ def parser(arguments: ParserArguments, labels: Any, train: list[Any]) -> tuple[A
     options: dict[str, Any] = {key: getattr(arguments, key) for key in ("pooling", "arc_size", "label_size", "dropout")}
     options |= {"upos": labels.upos, "deprels": labels.deprels, "word_dropout": arguments.word_dropout}
     if name or arguments.tokenizer_name:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or name)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer_name or name, add_prefix_space=True)
         check_tokenizer(tokenizer, str(arguments.tokenizer_name or name))
     else:
         tokenizer = train_tokenizer((words for rows in train for words in rows["words"]), arguments.vocab_size)
     options["mask_token_id"] = tokenizer.mask_token_id
     if name is None:
-        sizes = dict(pair.split("=") for pair in arguments.encoder.split())
+        sizes = encoder_options(arguments)
         special = {f"{one}_token_id": getattr(tokenizer, f"{one}_token_id") for one in ("pad", "bos", "eos", "unk")}
         special |= {"cls_token_id": tokenizer.bos_token_id, "sep_token_id": tokenizer.eos_token_id}
-        config = AutoConfig.for_model(
-            arguments.encoder_type, vocab_size=len(tokenizer), **special, **{k: json.loads(v) for k, v in sizes.items()}
-        )
+        config = AutoConfig.for_model(arguments.encoder_type, vocab_size=len(tokenizer), **special, **sizes)
         return DependencyParser(DependencyParserConfig(config, **options)), tokenizer, "none, an encoder from scratch"
     if AutoConfig.from_pretrained(name).model_type == DependencyParserConfig.model_type:
         return AutoModel.from_pretrained(name), tokenizer, name
     return DependencyParser.from_encoder(name, **options), tokenizer, name
+
+
+def encoder_options(arguments: ParserArguments) -> dict[str, Any]:
+    """`--encoder` as a mapping; a name that the config of this type does not have is a `ValueError`."""
+    from transformers import AutoConfig
+
+    found = {}
+    for pair in arguments.encoder.split():
+        name, _, value = pair.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            raise ValueError(f"--encoder takes name=number, separated by spaces, got {pair!r}") from None
+    check_known(found, AutoConfig.for_model(arguments.encoder_type).to_dict(), f"option of {arguments.encoder_type}")
+    return found

@@ -77,7 +77,7 @@ class Run:
     def fit(self, name: str, config: Mapping[str, Any], model: Any = None, train: bool = True, **options: Any) -> Any:
         """Train a copy of the model as `config` says into `<output>/<name>`; returns the trainer, saved and swept.
 
-        `options` go to `RobustTrainer`. Without `train`, `model` stays as it is, and is quantized.
+        `options` go to `RobustTrainer`. Without `train`, a copy of `model` is quantized as it is.
         """
         every = self.recipe.lr_step_epochs
         if every:
