@@ -31,19 +31,14 @@ def decoded(scores: Sequence[Tensor], gold: Sequence[Tensor]) -> tuple[Tensor, T
     tags, arcs, labels = scores[:3]
     best = labels.argmax(-1).cpu()
     arcs = arcs.float().cpu()
-    counts = (gold[1] != IGNORED).sum(1).tolist()
-    upos = tags.argmax(-1).masked_fill(torch.arange(tags.size(1), device=tags.device) >= gold_counts(gold), IGNORED)
+    counts = (gold[1] != IGNORED).sum(1, keepdim=True)
+    upos = tags.argmax(-1).masked_fill(torch.arange(tags.size(1), device=tags.device) >= counts, IGNORED)
     heads = torch.full(arcs.shape[:2], IGNORED)
     deprels = heads.clone()
-    for i, n in enumerate(counts):
+    for i, n in enumerate(counts.flatten().tolist()):
         heads[i, :n] = torch.from_numpy(decode(arcs[i, :n, : n + 1].numpy()))
         deprels[i, :n] = best[i, :n].gather(1, heads[i, :n, None]).squeeze(1)
     return upos, heads.to(tags.device), deprels.to(tags.device)
-
-
-def gold_counts(gold: Sequence[Tensor]) -> Tensor:
-    """[B, 1] words of each sentence."""
-    return (gold[1] != IGNORED).sum(1, keepdim=True)
 
 
 def named(annotations: Sequence[np.ndarray | Tensor], names: Mapping[str, Sequence[str]]) -> list[dict[str, list[Any]]]:

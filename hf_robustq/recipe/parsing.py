@@ -70,7 +70,7 @@ class ParserRun(Run):
                 name: {split: encode(rows, self.tokenizer, labels, limit) for split, rows in bank.items()}
                 for name, bank in banks.items()
             }
-        self.labels, self.banks, self.encoded = labels, banks, encoded
+        self.labels, self.encoded = labels, encoded
         self.train = concatenate_datasets([bank["train"] for bank in encoded.values()])
         dev = {name: bank["dev"] for name, bank in encoded.items() if "dev" in bank}
         self.evaluation = (dev or None) if len(encoded) > 1 else next(iter(dev.values()), None)
