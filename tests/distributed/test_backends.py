@@ -51,7 +51,7 @@ def same_weights(one, other, atol=1e-6):
         if name.endswith("probe.counts"):  # of the last sweep: what lies on the edge of a bin may fall to either side
             assert value.sum() == other.state[name].sum() and (value - other.state[name]).abs().sum() <= 10, name
             continue
-        rtol = 1e-6 if name.endswith("probe.range") else 0
+        rtol = 1e-5 if name.endswith("probe.range") else 0  # of activations: a sum of many rounded terms each
         torch.testing.assert_close(other.state[name], value, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
