@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
+
+from hf_robustq.sweep.settings import Setting
+
+VERSION = 1
+"""Of the files here."""
+
+FACTS = {field.name for field in dataclasses.fields(Setting)} | {
+    *("model", "setting", "method", "samples", "subset", "calibration", "data", "split", "seed", "seconds"),
+}
+"""What a row of `robustq sweep` has besides its metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +39,16 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """The rows of one model at one moment, with what is needed to read them."""
+    """The rows of one model at one moment, with what is needed to read them.
+
+    layers   by weight, what the telemetry of that moment says of it: its kurtosis, its bits, its quantization error
+    """
 
     rows: list[Row]
     epoch: float | None = None
     step: int | None = None
     context: dict[str, Any] = field(default_factory=dict)
+    layers: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def value(self, setting: str, metric: str = "accuracy") -> float:
         return next(row for row in self.rows if row.setting == setting).metrics[metric]
@@ -48,26 +63,67 @@ class Sweep:
 
 def save_sweeps(sweeps: Sequence[Sweep], path: str | Path) -> None:
     """Write sweeps as JSON; the old file stays whole until the new one is."""
+    write_json({"version": VERSION, "sweeps": [sweep.to_dict() for sweep in sweeps]}, path)
+
+
+def write_json(values: Any, path: str | Path) -> None:
+    """The old file stays whole until the new one is."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps([sweep.to_dict() for sweep in sweeps], indent=1), encoding="utf-8")
+    draft.write_text(json.dumps(values, indent=1), encoding="utf-8")
     draft.replace(path)
 
 
 def load_sweeps(path: str | Path) -> list[Sweep]:
-    return [Sweep.from_dict(values) for values in json.loads(Path(path).read_text(encoding="utf-8"))]
+    """What `save_sweeps` wrote, also before its files had a version. Raises `ValueError` for anything else."""
+    values = read_json(path)
+    try:
+        values = values if isinstance(values, list) else values["sweeps"]
+        return [Sweep.from_dict(one) for one in values]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} holds no sweeps as this version writes them ({error}): measure again") from None
+
+
+def load_measured(path: str | Path) -> dict[str, Sweep]:
+    """The `rows.json` of `robustq sweep`, by model. Raises `ValueError` for anything else."""
+    values = read_json(path)
+    try:
+        found: dict[str, list[Row]] = {model: [] for model in values["models"]}
+        for row in values["rows"]:
+            metrics = {key: value for key, value in row.items() if key not in FACTS and value is not None}
+            known = {key: row[key] for key in ("setting", "weights", "activations", "samples", "subset")}
+            found[row["model"]].append(Row(**known, metrics=metrics, dataset=row["split"] or "eval"))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} holds no rows as this version writes them ({error}): measure again") from None
+    return {model: Sweep(rows=rows, context=values["sweep"]) for model, rows in found.items() if rows}
+
+
+def read_json(path: str | Path) -> Any:
+    """Raises `ValueError`, in one line, for a file that is no JSON, or of a later version of this package."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, or no JSON: {error}") from None
+    version = values.get("version", VERSION) if isinstance(values, dict) else 0
+    if version != VERSION and isinstance(version, int) and version > VERSION:
+        raise ValueError(f"{path} was written by a later version of hf_robustq: update it")
+    return values
 
 
 def curves(rows: Iterable[Row], metric: str) -> dict[str, list[tuple[float, float]]]:
     """Metric against weight bits, by what the settings say besides ("": nothing; "a4@learned"); two points or more.
 
-    A model `trained` at some bits is on none of them.
+    Inputs of as many bits as the weights are one curve too ("a=w"). A model `trained` at some bits is on none of them.
     """
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         if row.weights is not None and row.setting.startswith("w"):
-            found.setdefault(row.setting.removeprefix(f"w{row.weights}"), []).append((row.weights, row.metrics[metric]))
+            how = row.setting.removeprefix(f"w{row.weights}")
+            found.setdefault(how, []).append((row.weights, row.metrics[metric]))
+            if row.activations == row.weights:
+                how = f"a=w{how.removeprefix(f'a{row.activations}')}"
+                found.setdefault(how, []).append((row.weights, row.metrics[metric]))
     return {name: sorted(points) for name, points in found.items() if len(points) > 1}
 
 
