@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -87,6 +87,11 @@ class Size:
         totals = ("bits", "megabytes", "float_megabytes", "bit_operations")
         layers = [asdict(layer) for layer in self.layers]
         return {**{name: getattr(self, name) for name in totals}, "others": self.others, "layers": layers}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What `to_dict` gave."""
+        return cls(layers=tuple(LayerSize(**one) for one in values["layers"]), others=values["others"])
 
     def __str__(self) -> str:
         """A Markdown table."""

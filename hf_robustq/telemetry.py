@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,19 @@ def site_kurtosis(sites: Sequence[Site]) -> dict[str, float]:
         with network_weight(site) as weight:
             values.append(kurtosis(weight).float())
     return dict(zip((site.name for site in sites), torch.stack(values).tolist(), strict=True)) if values else {}
+
+
+@torch.no_grad()
+def site_histograms(sites: Sequence[Site], bins: int) -> dict[str, dict[str, Any]]:
+    """Of each site's weight in the float network {"kurtosis", "largest", "counts"}: bins from -largest to largest."""
+    found = {}
+    for site in sites:
+        with network_weight(site) as weight:
+            w = weight.float()
+            largest = float(w.abs().amax())
+            counts = torch.histc(w, bins, -(largest or 1.0), largest or 1.0)
+            found[site.name] = {"kurtosis": float(kurtosis(w)), "largest": largest, "counts": counts.tolist()}
+    return found
 
 
 @torch.no_grad()
@@ -73,6 +87,17 @@ def site_quantization(sites: Sequence[Site]) -> dict[str, dict[str, float]]:
             found[site.name] = own
     values = [torch.stack(list(own.values())).tolist() for own in found.values()]
     return {name: dict(zip(own, row, strict=True)) for (name, own), row in zip(found.items(), values, strict=True)}
+
+
+def by_layer(sites: Sequence[Site]) -> dict[str, dict[str, float]]:
+    """Both of the above and the storage bits, by site: `RobustQ.telemetry`."""
+    found = {name: {"kurtosis": value} for name, value in site_kurtosis(sites).items()}
+    quantized = site_quantization(sites)
+    for site in sites:
+        quantizer = site.weight_stages._modules.get("quantizer")
+        if isinstance(quantizer, Quantizer) and site.name in quantized:
+            found[site.name] |= {"bits": float(quantizer.bits), **quantized[site.name]}
+    return found
 
 
 def means(sites: Sequence[Site], regularized: Sequence[Site]) -> dict[str, float]:

@@ -31,19 +31,22 @@ ALLOWED = {
     },
     "hub": {"calibrate", "config", "plugin", "quantizers", "sharded"},
     "sweep": {"calibrate", "distributed", "grid", "plugin", "quantizers", "scales", "sharded", "sites", "sweep"},
-    "card": {"size", "sweep"},
+    "report": {"report", "sweep"},
+    "card": {"card", "report", "size", "sweep"},
     "data": {"data"},
     "metrics": set(),
     "models": {"models"},
     "parsing": {"metrics", "parsing"},
-    "trainer": {"calibrate", "card", "config", "distributed", "optim", "plugin", "schedules", "sweep", "trainer"},
+    "trainer": {
+        "calibrate", "card", "config", "distributed", "optim", "plugin", "report", "schedules", "sweep", "trainer",
+    },
     "cli": {
         "__version__", "analysis", "card", "cli", "config", "data", "hub", "metrics", "models", "optim", "plugin",
-        "quantizers", "recipe", "regularizers", "reparam", "scales", "sweep", "trainer",
+        "quantizers", "recipe", "regularizers", "reparam", "report", "scales", "sweep", "trainer",
     },
     "analysis": {"analysis", "calibrate", "functional", "plugin", "reparam", "scales", "sharded", "sites", "sweep"},
     "recipe": {
-        "card", "config", "data", "metrics", "models", "parsing", "plugin", "recipe", "sweep", "trainer",
+        "card", "config", "data", "metrics", "models", "parsing", "plugin", "recipe", "report", "sweep", "trainer",
     },
 }  # fmt: skip
 
@@ -82,6 +85,7 @@ OPTIONAL = (
     "torchvision",
     "sklearn",
     "matplotlib",
+    "plotly",
     "datasets",
     "evaluate",
     "deepspeed",

@@ -61,8 +61,8 @@ def test_a_loaded_folder_has_the_accuracies_of_the_sweep_that_wrote_its_card(dat
     trainer.save_model(str(tmp_path / "model"))
     trainer.create_model_card()
     card = (tmp_path / "run" / "README.md").read_text()
-    rows = {row["setting"]: row["metrics"]["accuracy"]
-            for row in json.loads((tmp_path / "run" / "robustq_sweep.json").read_text())[-1]["rows"]}  # fmt: skip
+    last = json.loads((tmp_path / "run" / "robustq_sweep.json").read_text())["sweeps"][-1]
+    rows = {row["setting"]: row["metrics"]["accuracy"] for row in last["rows"]}
     print(rows)
     batches = list(DataLoader(test, batch_size=250, collate_fn=default_data_collator))
     for setting in ["trained", *SETTINGS]:

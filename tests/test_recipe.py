@@ -358,7 +358,7 @@ def test_the_waveq_recipe_end_to_end_on_a_tiny_net(tmp_path, method):
     found = re.search(r"in the mean: (.*)", done.stdout).group(1)
     assert logged and all(f"{name} {float(bits):g}" in found for name, bits in logged)
     assert (tmp_path / "out" / "with" / "robustq_bits.png").exists()
-    sweep = json.loads((tmp_path / "out" / "with" / "robustq_sweep.json").read_text())[-1]["rows"]
+    sweep = json.loads((tmp_path / "out" / "with" / "robustq_sweep.json").read_text())["sweeps"][-1]["rows"]
     mean = float(re.search(r"bit-widths are fixed, ([0-9.]+) in the mean", done.stdout).group(1))
     assert {row["setting"]: row["weights"] for row in sweep}["trained"] == pytest.approx(mean, abs=0.006)
 
@@ -382,7 +382,7 @@ def test_the_parsers_recipe_end_to_end_on_generated_sentences(tmp_path):
         config = json.loads((tmp_path / "out" / variant / "config.json").read_text())["quantization_config"]
         assert config["weights"]["mixed"] == bits and config["activations"]["bits"] == 8
     sweep = json.loads((tmp_path / "out" / "waveq" / "robustq_sweep.json").read_text())
-    assert [one["rows"][0]["dataset"] for one in sweep] == ["eval", "eval", "test"]
+    assert [one["rows"][0]["dataset"] for one in sweep["sweeps"]] == ["eval", "eval", "test"]
     assert load_file(tmp_path / "out" / "finetuned" / "model.safetensors").keys() <= {
         *load_file(tmp_path / "out" / "afterwards" / "model.safetensors")
     }

@@ -519,4 +519,4 @@ def test_sweeps_are_saved_and_loaded(tmp_path):
     path = tmp_path / "deep" / "sweep.json"
     save_sweeps(sweeps, path)
     assert load_sweeps(path) == sweeps and sweeps[0].value("w4") == 0.8
-    assert not list(path.parent.glob("*.tmp")) and isinstance(json.loads(path.read_text()), list)
+    assert not list(path.parent.glob("*.tmp")) and json.loads(path.read_text())["version"] == 1

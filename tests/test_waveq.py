@@ -523,7 +523,9 @@ def test_distance_from_the_levels_of_dorefa(per_channel):
     unit = unit / np.abs(unit).max((1, 2, 3) if per_channel else None, keepdims=True)
     levels = np.linspace(-1, 1, 8)
     nearest = np.abs(unit[..., None] - levels).min(-1).mean() / (levels[1] - levels[0])
-    assert plugin.telemetry()[site.name] == {"distance": pytest.approx(nearest, rel=1e-5)}
+    telemetry = plugin.telemetry()[site.name]
+    assert telemetry.keys() == {"kurtosis", "bits", "distance"} and telemetry["bits"] == 3
+    assert telemetry["distance"] == pytest.approx(nearest, rel=1e-5)
     assert 0.2 < plugin.metrics()["distance"] < 0.3 and "step" not in plugin.metrics()
 
 

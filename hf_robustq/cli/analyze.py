@@ -41,11 +41,7 @@ SAID = (
 PARTS = ("statistics", "quantizers", "sqnr", "divergence", "sensitivity", "sharpness")
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    head, _, rest = (__doc__ or "").partition("\n")
-    plain = argparse.RawDescriptionHelpFormatter
-    text = "sensitivity, distributions and sharpness of a saved model"
-    parser = commands.add_parser("analyze", help=text, description=head, epilog=rest, formatter_class=plain)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder, Hub id, or timm architecture (with --weights)")
     add("--out", required=True, type=Path, help="JSON file to write")
@@ -54,7 +50,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--samples", type=int, default=1024, help="of the evaluation split")
     add("--rho", nargs="+", type=float, default=[1e-3, 5e-4], help="radii of the sharpness")
     add_task(parser)
-    return parser
 
 
 def _metrics(outputs: list[tuple[float, int | None, int]]) -> dict[str, float]:
@@ -117,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     if "quantizers" in args.parts and plugin.config.weights:
         telemetry = plugin.telemetry()
         result["quantizers"], result["size"] = telemetry, plugin.size().to_dict()
-        inner = [one["distance"] for name, one in telemetry.items() if name not in plugin.edges]
+        inner = [one["distance"] for n, one in telemetry.items() if n not in plugin.edges and "distance" in one]
         far = f", {np.mean(inner):.4f} steps from their levels in the mean over layers" if inner else ""
         write(f"{plugin.size().bits:.2f} bits, {plugin.size().megabytes:.4g} MB{far}")
     for setting in settings:

@@ -40,8 +40,8 @@ TABLES: dict[str, dict[str, Any]] = {
 }
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    return commands.add_parser("methods", help="list every method with its paper", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """None of its own."""
 
 
 def methods() -> Iterator[tuple[str, str, str, str]]:

@@ -40,13 +40,9 @@ IDENTITY = (
 """The arguments that rows of one folder have in common."""
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
-    head, _, rest = (__doc__ or "").partition("\n")
-    rest += f"\nModifiers: x0.9 (any ratio of steps), {', '.join(MODIFIERS)}; README.md says what each does.\n"
-    plain = argparse.RawDescriptionHelpFormatter
-    parser = commands.add_parser(
-        "sweep", help="measure saved models at any bit-width", description=head, epilog=rest, formatter_class=plain
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    modifiers = f"Modifiers: x0.9 (any ratio of steps), {', '.join(MODIFIERS)}; README.md says what each does."
+    parser.epilog = f"{parser.epilog}\n{modifiers}\n"
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="folder, Hub id, or timm architecture (with --weights)")
     add("--out", required=True, type=Path, help="folder for the rows")
@@ -65,7 +61,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--lapq_iterations", type=int, default=2, help="rounds of LAPQ's search over all tensors")
     add("--max_samples", type=int, help="measure on a random subset of that many")
     add_task(parser)
-    return parser
 
 
 def ratios(text: str) -> list[float]:

@@ -36,7 +36,7 @@ from hf_robustq.sharded import whole_shape
 from hf_robustq.sites import LeftOut, Site, attach, detach, find_sites, refuse_wrapped
 from hf_robustq.size import Size, size
 from hf_robustq.stage import Stage
-from hf_robustq.telemetry import FiniteWatch, means, site_quantization
+from hf_robustq.telemetry import FiniteWatch, by_layer, means, site_histograms
 
 logger = logging.getLogger(__name__)
 
@@ -250,11 +250,15 @@ class RobustQ:
         return {**means(self.sites, self.regularized), **self.bits.metrics()}
 
     def telemetry(self) -> dict[str, dict[str, float]]:
-        """By weight, where it has a quantizer: {"error", "step", "clipped", "largest", "distance"} (see `metrics`).
+        """By weight {"kurtosis"}, and with a quantizer {"bits", "error", "step", "clipped", "largest", "distance"} too.
 
-        Of one that reshapes weights, DoReFa's, {"distance"} only.
+        See `metrics`. Of a quantizer that reshapes weights, DoReFa's, "bits" and "distance" only.
         """
-        return site_quantization(self.sites)
+        return by_layer(self.sites)
+
+    def histograms(self, bins: int = 101) -> dict[str, dict[str, Any]]:
+        """By weight {"kurtosis", "largest", "counts"}: of `bins` equal bins from -largest to largest."""
+        return site_histograms(self.sites, bins)
 
     @property
     def regularized(self) -> list[Site]:

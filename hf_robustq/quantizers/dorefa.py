@@ -23,9 +23,9 @@ class DoReFa(VariableBits):
 
     Where WaveQ learns beta, bits are ceil(beta), and weights are times c = 2^ceil(beta) / 2^beta (its eq. B.2).
 
-    The gradient passes straight through the rounding, and through tanh and the maximum as they are. The maximum's falls on
-    one weight: a learning rate that is too high makes it an outlier, against which all others are small and lose their
-    levels (the kurtosis in the logs shows it).
+    The gradient passes straight through the rounding, and through tanh and the maximum as they are. The maximum's falls
+    on one weight: a learning rate that is too high makes it an outlier, against which all others are small and lose
+    their levels (the kurtosis in the logs shows it).
 
     rescale   weights times max|w|, a constant to the gradient: for layers without a norm
     clip      inputs are clamped at it instead of 1

@@ -36,8 +36,11 @@ class ImageRun(Run):
     def task(self) -> str:
         recipe = self.recipe
         self.train, self.evaluation, self.model, source = image_task(recipe, self.args.seed)
-        if recipe.dataset_name is not None and not Path(recipe.dataset_name).exists():
-            self.dataset = recipe.dataset_name
+        self.dataset = "handwritten digits of scikit-learn"
+        if recipe.dataset_name is not None:
+            local = Path(recipe.dataset_name).exists()
+            self.dataset = Path(recipe.dataset_name).resolve().name if local else recipe.dataset_name
+            self.dataset_tags = () if local else (recipe.dataset_name,)
         return source
 
     def options(self) -> dict[str, Any]:

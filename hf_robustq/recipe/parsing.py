@@ -79,9 +79,8 @@ class ParserRun(Run):
                 f"no sentences to evaluate on in {', '.join(banks)}: add a file named like fr_partut-ud-dev.conllu, or "
                 "say --eval_strategy no"
             )
-        names = self.recipe.dataset_name or []
-        if len(names) == 1 and not Path(names[0]).exists():
-            self.dataset = names[0]
+        self.dataset = ", ".join(banks)
+        self.dataset_tags = tuple(name for name in self.recipe.dataset_name or () if not Path(name).exists())
         return source
 
     def options(self) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 
-from hf_robustq.card import plot, table
+from hf_robustq.card import table
 from hf_robustq.config import RobustQConfig
 from hf_robustq.plugin import RobustQ
 from hf_robustq.plugin.mark import PLUGIN
 from hf_robustq.recipe.flags import last_checkpoint, open_output
+from hf_robustq.report import save_png
+from hf_robustq.report.charts import by_bits
 from hf_robustq.sweep import DEFAULT_SETTINGS, Sweep
 
 
@@ -46,7 +48,9 @@ class Run:
     float_sweep: tuple[str, ...] = ()
     """What is measured of the model trained in float first."""
     dataset: str | None = None
-    """A Hub id, for the card."""
+    """For the card: what it is trained on, in words."""
+    dataset_tags: tuple[str, ...] = ()
+    """The same as Hub ids, where it is there."""
 
     def __init__(self, recipe: Any, args: TrainingArguments) -> None:
         self.recipe, self.args = recipe, args
@@ -121,7 +125,8 @@ class Run:
         self.finish(trainer)
         if not train:
             trainer.save_model()
-        trainer.create_model_card(dataset=self.dataset)
+        trainer.save_state()
+        trainer.create_model_card(dataset=self.dataset, dataset_tags=self.dataset_tags)
         return trainer
 
     def report(self, results: Mapping[str, Sweep], facts: Mapping[str, Any]) -> None:
@@ -146,9 +151,11 @@ def report(
 ) -> str:
     """A table for each metric and one PNG of all variants; returns the text to print, whose last line says where."""
     folder = Path(folder)
+    chart = by_bits(dict(results), metrics[0])
     try:
-        plot(results, metrics[0], folder / "robustness.png")
-        curves = f"{folder}/robustness.png"
+        curves = f"{folder}/robustness.png" if chart else "no curves of one setting"
+        if chart:
+            save_png(chart, folder / "robustness.png")
     except ImportError:
         curves = "no plot without matplotlib (pip install 'hf_robustq[report]')"
     tables = [table(results, metric) for metric in metrics]

@@ -66,12 +66,12 @@ def save_sweeps(sweeps: Sequence[Sweep], path: str | Path) -> None:
     write_json({"version": VERSION, "sweeps": [sweep.to_dict() for sweep in sweeps]}, path)
 
 
-def write_json(values: Any, path: str | Path) -> None:
+def write_json(values: Any, path: str | Path, indent: int | None = 1) -> None:
     """The old file stays whole until the new one is."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    draft.write_text(json.dumps(values, indent=indent), encoding="utf-8")
     draft.replace(path)
 
 

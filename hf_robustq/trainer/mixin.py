@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_robustq.card import training_settings, write_card
+from hf_robustq.card import write_card
 from hf_robustq.config import RobustQConfig, check_known
 from hf_robustq.optim import ASAM, EMA
 from hf_robustq.optim.asam import UNDER_DEEPSPEED, check_optimizer
@@ -28,6 +28,7 @@ from hf_robustq.sweep import DEFAULT_SETTINGS, Setting, parse_settings
 from hf_robustq.trainer.batches import calibration_batches, forward
 from hf_robustq.trainer.callback import RobustQCallback, several_gpus
 from hf_robustq.trainer.optimizer import check_section, group_apart, learning_rate_factor
+from hf_robustq.trainer.record import Weights, card_facts
 from hf_robustq.trainer.resume import check_config, readable
 from hf_robustq.trainer.sweep_callback import BitWidthSweepCallback
 
@@ -57,6 +58,7 @@ class RobustQMixin(_AnyTrainer):
     _scheduler_state: Path | None = None
     _resumed: Path | None = None
     _observed: int | None = None
+    weights: Weights | None = None
 
     def __init__(
         self,
@@ -135,6 +137,7 @@ class RobustQMixin(_AnyTrainer):
             load_state(self.robustq, self._resumed)
         elif self.robustq.ema is not None:
             self.robustq.ema.start()
+        self.weights = Weights(self.robustq, str(self.args.output_dir), resumed=self._resumed is not None)
 
     def call_model_init(self, trial: Any = None) -> Any:
         model = super().call_model_init(trial)
@@ -179,6 +182,9 @@ class RobustQMixin(_AnyTrainer):
             self.observe()
         except (RuntimeError, ValueError) as error:
             logger.warning("the statistics of the inputs are those of the last evaluation or checkpoint: %s", error)
+        if self.sweep_callback is not None and self.weights is not None:
+            with self.robustq.averaged():
+                self.weights.save(write=self.is_world_process_zero())
         return result
 
     def observe(self) -> None:
@@ -269,33 +275,14 @@ class RobustQMixin(_AnyTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """A card that says how the model does at each bit-width; the Trainer's own where nothing was swept.
 
-        Of the arguments, `license`, `finetuned_from` and `dataset` are used.
+        Takes the Trainer's own arguments.
         """
         if self.sweep_callback is None or not self.sweep_callback.sweeps:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            best = self.state.best_global_step if self.args.load_best_model_at_end else None
-            sweeps = self.sweep_callback.sweeps
-            write_card(
-                str(self.args.output_dir),
-                self.robustq.config.to_dict(),
-                sweeps,
-                self.sweep_callback.main_metric(sweeps[-1].rows)[0],
-                seed=self.args.seed,
-                base_model=kwargs.get("finetuned_from"),
-                dataset=kwargs.get("dataset"),
-                license=kwargs.get("license"),
-                settings=training_settings(
-                    self.args,
-                    self.lr_schedule,
-                    steps=self.scale_lr,
-                    bits=self.bits_lr if self.robustq.bits.stages() else None,
-                    asam=self.asam_options,
-                    ema=self.ema_options,
-                ),
-                step=best,
-                size=self.robustq.size(),
-            )
+            given = inspect.signature(Trainer.create_model_card).bind(self, *args, **kwargs).arguments
+            facts = card_facts(cast(Any, self), given)
+            write_card(str(self.args.output_dir), sweeps=self.sweep_callback.sweeps, **facts)
 
 
 class RobustTrainer(RobustQMixin, Trainer):

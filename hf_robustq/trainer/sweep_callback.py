@@ -21,6 +21,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from hf_robustq.calibrate import undisturbed
 from hf_robustq.plugin import RobustQ
+from hf_robustq.report import SWEEP_FILE
 from hf_robustq.sweep import (
     DEFAULT_SETTINGS,
     Calibration,
@@ -34,10 +35,10 @@ from hf_robustq.sweep import (
     sweep,
 )
 from hf_robustq.trainer.batches import calibration_batches, count_rows, forward, some_of, with_real_samples
+from hf_robustq.trainer.figures import send_figures
 
 logger = logging.getLogger(__name__)
 
-SWEEP_FILE = "robustq_sweep.json"
 SAMPLES = "number of samples"  # the key under which `_score` hands it on
 
 
@@ -139,6 +140,8 @@ class BitWidthSweepCallback(TrainerCallback):
         extra |= self.summary(result, prefix)
         self.trainer.log(dict(extra))
         metrics.update(extra)
+        if self.trainer.is_world_process_zero():
+            send_figures(self.trainer, result, self.main_metric(result.rows)[0])
 
     def run(self, dataloader: DataLoader, prefix: str = "eval") -> Sweep:
         """Sweep over a prepared dataloader; returns the rows."""
@@ -188,7 +191,8 @@ class BitWidthSweepCallback(TrainerCallback):
             if s.trained:
                 bits = plugin.trained_bits()
             rows.append(Row(setting=s.name, **bits, metrics=values, samples=samples, dataset=prefix, subset=subset))
-        return Sweep(rows=rows, epoch=trainer.state.epoch, step=trainer.state.global_step, context=context)
+        state = trainer.state
+        return Sweep(rows=rows, epoch=state.epoch, step=state.global_step, context=context, layers=plugin.telemetry())
 
     def _subset(self, dataloader: DataLoader) -> tuple[DataLoader, Iterator[tuple[Any, int]], str]:
         """(dataloader, its batches, words for the card) of at most `max_samples` samples."""

@@ -1,0 +1,21 @@
+"""Runs as charts: an interactive page that needs no network, and pictures."""
+
+from hf_robustq.report.chart import Bars, Cells, Chart, Line, Lines, figure, save_png
+from hf_robustq.report.page import write_report
+from hf_robustq.report.runs import RUN_FILE, SWEEP_FILE, WEIGHTS_FILE, Run, read
+
+__all__ = [
+    "RUN_FILE",
+    "SWEEP_FILE",
+    "WEIGHTS_FILE",
+    "Bars",
+    "Cells",
+    "Chart",
+    "Line",
+    "Lines",
+    "Run",
+    "figure",
+    "read",
+    "save_png",
+    "write_report",
+]
