@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,8 @@ from hf_robustq.report.charts import by_bits, short, step_ratios, transfer
 from hf_robustq.sweep import save_sweeps
 from tests.test_card import HOSTILE
 from tests.test_sweep import rows
+
+ROOT = Path(__file__).parents[1]
 
 MEASURED = {"fp": 0.9, "w8": 0.85, "w4": 0.7, "w2": 0.1, "w8a8": 0.84, "w4a4": 0.6}
 STEPS = {"w4@mse/x0.9": 0.6, "w4@mse/x1.1": 0.65, "w4": 0.7}
@@ -245,3 +248,35 @@ def test_the_picture_has_a_line_for_each_kind_of_setting_and_a_star_where_it_was
     assert lines["net, trained"].get_marker() == "*" and lines["net, trained"].get_xydata().tolist() == [[4, 0.75]]
     assert list(axes.get_xticks()) == [3, 4, 8]
     assert isinstance(chart, Lines) and chart.percent
+
+
+def test_trackers_get_the_sweeps_scalars_and_figures(tmp_path, monkeypatch):
+    """Read back from TensorBoard's and trackio's own files, and from the offline run of Weights & Biases."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    script = f"""
+from tests.test_trainer import KURE, arguments, bert, text
+from hf_robustq import RobustTrainer
+from hf_robustq.metrics import compute_accuracy
+args = arguments({str(tmp_path / "run")!r}, eval_strategy="epoch", report_to=["tensorboard", "wandb", "trackio"])
+trainer = RobustTrainer(
+    model=bert(), args=args, train_dataset=text(), eval_dataset=text(10), robustq=KURE, sweep=["fp", "w4", "w2"],
+    compute_metrics=compute_accuracy,
+)
+trainer.train()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (tmp_path / "run").rglob("events.out.*")
+    board = EventAccumulator(str(events)).Reload()
+    (sweep,) = json.loads((tmp_path / "run" / "robustq_sweep.json").read_text())["sweeps"]
+    for row in sweep["rows"]:
+        (point,) = board.Scalars(f"eval/{row['setting']}_accuracy")
+        assert point.value == pytest.approx(row["metrics"]["accuracy"])
+    assert set(board.Tags()["images"]) == {"eval/figures/bits", "eval/figures/kurtosis"}
+    assert list(tmp_path.rglob("media/images/eval/figures/bits*.png"))
+    assert list((tmp_path / "trackio").rglob("*.png"))

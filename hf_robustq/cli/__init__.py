@@ -1,4 +1,4 @@
-"""The command line: `robustq sweep`, `robustq analyze`, `robustq methods`."""
+"""The command line: `robustq train`, `sweep`, `analyze`, `report`, `publish`, `methods`."""
 
 from hf_robustq.cli.main import main
 

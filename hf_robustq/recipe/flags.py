@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub.utils import disable_progress_bars
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils.logging import disable_progress_bar
 
 from hf_robustq.config import check_known
 
@@ -29,10 +31,11 @@ def parse(
 ) -> tuple[Any, Any]:
     """(recipe arguments, TrainingArguments): the flags, over the preset's YAML, over the defaults.
 
-    `--preset NAME` reads `<configs>/<prefix>_NAME.yaml`, whose keys are the flags' names; by default the first of
-    `presets`, and the second, or what it returns, where a dataset is named. An unknown preset or key is a `ValueError`
-    that names the nearest one.
+    `--preset NAME` reads `<configs>/<prefix>_NAME.yaml`, whose keys are the flags' names, and `recipe`, the script;
+    `--preset FILE.yaml` any such file. By default the first of `presets`, and the second, or what it returns, where a
+    dataset is named. An unknown preset or key is a `ValueError` that names the nearest one.
     """
+    no_bars_without_a_terminal()
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and importlib.util.find_spec("deepspeed") is None:
         raise ImportError("ZeRO needs DeepSpeed: pip install 'hf_robustq[deepspeed]'")
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -43,14 +46,40 @@ def parse(
     given, _ = first.parse_known_args(argv)
     usual = presets[bool(given.dataset_name)]
     preset = given.preset or (usual if isinstance(usual, str) else usual())
-    known = [path.stem.removeprefix(f"{prefix}_") for path in sorted(configs.glob(f"{prefix}_*.yaml"))]
-    check_known([preset], known, "preset")
-    defaults = yaml.safe_load((configs / f"{prefix}_{preset}.yaml").read_text(encoding="utf-8")) or {}
+    file = Path(preset)
+    if file.suffix not in (".yaml", ".yml"):
+        known = [path.stem.removeprefix(f"{prefix}_") for path in sorted(configs.glob(f"{prefix}_*.yaml"))]
+        check_known([preset], known, "preset")
+        file = configs / f"{prefix}_{preset}.yaml"
+    defaults = {key: value for key, value in read_config(file).items() if key != "recipe"}
     fields = [f.name for kind in (arguments, TrainingArguments) for f in dataclasses.fields(kind) if f.init]
-    check_known(defaults, fields, f"key in {prefix}_{preset}.yaml")
+    check_known(defaults, fields, f"key in {file.name}")
     gpu = torch.accelerator.is_available()
-    parser.set_defaults(**{"preset": preset, "use_cpu": not gpu, "dataloader_pin_memory": gpu, **defaults})
-    return parser.parse_args_into_dataclasses(argv)  # type: ignore[return-value]
+    machine = {"use_cpu": not gpu, "dataloader_pin_memory": gpu, "disable_tqdm": not sys.stderr.isatty()}
+    parser.set_defaults(**{"preset": preset, **machine, **defaults})
+    recipe, args, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    check_known([word.removeprefix("--").partition("=")[0] for word in rest], fields, "flag")
+    return recipe, args
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A recipe's YAML. Raises `ValueError`, in one line, for a file that is none."""
+    if not file.is_file():
+        raise ValueError(f"{file} is not there: name a YAML file")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds no keys: write `learning_rate: 0.01`, a flag a line")
+    return values
+
+
+def no_bars_without_a_terminal() -> None:
+    """Progress bars are for who watches; a log file has none."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+        disable_progress_bars()
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

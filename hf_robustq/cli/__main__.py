@@ -1,0 +1,3 @@
+from hf_robustq.cli import main
+
+main()
