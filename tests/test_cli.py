@@ -1,12 +1,17 @@
 """The command line, called as a user calls it."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import datasets
 import numpy as np
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 
 from hf_robustq import QUANTIZERS, REGULARIZERS, SCALE_RULES, RobustQ, from_pretrained
 from hf_robustq.cli import main
@@ -15,6 +20,7 @@ from hf_robustq.cli.sweep import ratios
 from hf_robustq.data import digits
 from hf_robustq.models import image_classifier, preprocessing
 from hf_robustq.scales import CODEBOOK_RULES
+from tests.test_report import ROOT, training
 
 SMALL = ["--max_samples", "64", "--calibration_samples", "64", "--batch_size", "32"]
 
@@ -283,3 +289,79 @@ def test_every_method_is_listed_with_its_paper(capsys):
     main(["methods"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in names) and "arXiv 1606.06160" in printed
+
+
+@pytest.mark.parametrize("named", ["kure_digits", "my.yaml"])
+def test_train_does_what_the_recipe_does(named, tmp_path):
+    """The same weights as the script, from the project's file and from one of the user's own."""
+    small = ["--model_name_or_path", "test_resnet", "--max_steps", "2", "--pretrain_epochs", "0", "--variants", "with"]
+    small += ["--eval_strategy", "no", "--sweep", "fp", "w4"]
+    if named == "my.yaml":
+        given = yaml.safe_load((ROOT / "recipes" / "configs" / "kure_digits.yaml").read_text())
+        given |= {"model_name_or_path": "test_resnet", "max_steps": 2, "pretrain_epochs": 0.0, "variants": ["with"]}
+        given |= {"eval_strategy": "no", "sweep": ["fp", "w4"]}
+        (tmp_path / "my.yaml").write_text(yaml.safe_dump(given))
+    flags = small if named == "kure_digits" else []
+    commands = [
+        [sys.executable, "-m", "hf_robustq.cli", "train", named, *flags, "--output_dir", "train"],
+        [sys.executable, str(ROOT / "recipes" / "kure_resnet50.py"), *small, "--output_dir", "script"],
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert "%|" not in done.stderr  # no progress bars in a file
+    one, two = (load_file(tmp_path / name / "with_kure" / "model.safetensors") for name in ("train", "script"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    command = json.loads((tmp_path / "train" / "with_kure" / "robustq_run.json").read_text())["command"]
+    assert "kure_resnet50.py --preset" in command and command.endswith("--output_dir train")
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [
+        ("recipe: kure_resnet50\nlerning_rate: 1", [], "unknown key in my.yaml 'lerning_rate': did you mean"),
+        ("learning_rate: 1", [], "names no recipe: add a line `recipe: NAME`, one of kure_qat, kure_resnet50"),
+        ("recipe: kure_resnet", [], "unknown recipe 'kure_resnet': did you mean 'kure_resnet50'"),
+        ("- a", [], "holds no keys"),
+        ("a: [", [], "is no YAML: while parsing"),
+        ("recipe: kure_resnet50", ["--lerning_rate", "1"], "unknown flag 'lerning_rate'"),
+        (None, [], "is not there: name a YAML file"),
+    ],
+)  # fmt: skip
+def test_what_train_cannot_read_is_one_line(text, flags, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])
+    if text is not None:
+        (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(SystemExit, match=re.escape(message)) as caught:
+        main(["train", str(tmp_path / "my.yaml"), *flags])
+    assert str(caught.value).startswith("error: ") and "\n" not in str(caught.value)
+
+
+def test_report_writes_where_it_is_told(tmp_path, capsys):
+    training(tmp_path / "runs" / "kure")
+    main(["report", str(tmp_path / "runs")])
+    assert (tmp_path / "runs" / "report" / "index.html").exists()
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/runs/report/index.html, and ")
+    with pytest.raises(SystemExit, match="error: .* is no run"):
+        main(["report", str(tmp_path)])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="error: .*file"):
+        main(["report", str(tmp_path / "runs"), "--out", str(tmp_path / "file")])
+    with pytest.raises(ValueError, match="is no run"):
+        main(["report", str(tmp_path), "--debug"])
+
+
+def test_help_has_examples_and_imports_nothing_of_other_commands():
+    script = (
+        "import sys; from hf_robustq.cli import main\ntry: main({0})\nexcept SystemExit as e: print('status', e.code)\n"
+    )
+    script += "print([name for name in sys.modules if name.startswith('hf_robustq.cli.')])"
+    for argv, commands in ((["--help"], []), (["report", "--help"], ["report"]), (["nothing"], []), ([], [])):
+        code = script.format(argv)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        *_, status, modules = done.stdout.splitlines()
+        assert status == ("status 0" if "--help" in argv else "status 2"), done.stderr
+        assert modules == str(["hf_robustq.cli.main", *(f"hf_robustq.cli.{name}" for name in commands)])
+        if commands:
+            assert "robustq report outputs/kure sweeps/kure analysis.json --out report" in done.stdout

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from hf_robustq import RobustQConfig
+from hf_robustq.cli.train import script
 from hf_robustq.models import image_classifier
 from hf_robustq.recipe import last_checkpoint, open_output, parse
 from hf_robustq.schedules import LR_SCHEDULES
@@ -45,6 +46,7 @@ def test_every_preset_is_headed_by_its_command_and_parses(path):
     recipe, args = parse(module.RecipeArguments, CONFIGS, prefix, ["--preset", path.stem.removeprefix(f"{prefix}_")])
     values = yaml.safe_load(path.read_text())
     assert args.learning_rate == values["learning_rate"] and recipe.variants == values["variants"]
+    assert script(path.stem) == (ROOT / "recipes" / f"{module.__name__}.py", path)
 
 
 # architecture: batch size, epochs, learning rate, divide by 10 every n epochs (Tables 1 and 3 of the supplement)
@@ -293,7 +295,7 @@ def test_the_symreg_recipe_and_its_second_stage_end_to_end_on_a_tiny_net(tmp_pat
     done = run(*second, cwd=tmp_path, recipe="symreg_satnl")
     assert done.returncode == 0, done.stderr[-3000:]
     files = [tmp_path / folder / "robustq_sweep.json" for folder in ("out/ours_kure", "qat/ours")]
-    last = [json.loads(file.read_text())[-1]["rows"] for file in files]
+    last = [json.loads(file.read_text())["sweeps"][-1]["rows"] for file in files]
     figures = [{row["setting"]: row["metrics"]["accuracy"] for row in rows} for rows in last]
     assert figures[1].keys() == {"fp", "trained", "w4", "w4@learned"}
     one, two = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out/ours_kure", "qat/ours"))

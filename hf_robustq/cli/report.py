@@ -25,6 +25,5 @@ def run(args: argparse.Namespace) -> None:
     first = Path(args.runs[0])
     out = args.out or (first if first.is_dir() else first.parent) / "report"
     written = write_report(runs, out)
-    print(
-        f"{len(runs)} runs ({', '.join(run.name for run in runs)}): {written[0]}, and {len(written) - 1} PNGs beside it"
-    )
+    names = ", ".join(run.name for run in runs)
+    print(f"{written[0]}, and {len(written) - 1} PNGs beside it: {names}")
