@@ -92,6 +92,7 @@ class Run:
     def _pretrain(self) -> Any:
         recipe = self.recipe
         stage = {"num_train_epochs": recipe.pretrain_epochs, "learning_rate": recipe.pretrain_learning_rate}
+        stage["push_to_hub"] = False
         trainer = self._fit("float", self.model, {}, stage, sweep=self.float_sweep)
         trainer.robustq.detach()
         return trainer
@@ -108,6 +109,8 @@ class Run:
         from hf_robustq.trainer import RobustTrainer
 
         args = copy.deepcopy(self.args)
+        if args.push_to_hub:  # each into a repo of its own
+            args.hub_model_id = f"{args.hub_model_id or Path(str(args.output_dir)).resolve().name}-{name}"
         args.output_dir = str(Path(str(args.output_dir)) / name)
         for key, value in changes.items():
             setattr(args, key, value)
@@ -126,7 +129,11 @@ class Run:
         if not train:
             trainer.save_model()
         trainer.save_state()
-        trainer.create_model_card(dataset=self.dataset, dataset_tags=self.dataset_tags)
+        about = {"dataset": self.dataset, "dataset_tags": self.dataset_tags}
+        if args.push_to_hub:
+            trainer.push_to_hub(**about)  # with the card
+        else:
+            trainer.create_model_card(**about)
         return trainer
 
     def report(self, results: Mapping[str, Sweep], facts: Mapping[str, Any]) -> None:

@@ -30,6 +30,7 @@ from hf_robustq.trainer.callback import RobustQCallback, several_gpus
 from hf_robustq.trainer.optimizer import check_section, group_apart, learning_rate_factor
 from hf_robustq.trainer.record import Weights, card_facts
 from hf_robustq.trainer.resume import check_config, readable
+from hf_robustq.trainer.secret import Secret
 from hf_robustq.trainer.sweep_callback import BitWidthSweepCallback
 
 logger = logging.getLogger(__name__)
@@ -88,6 +89,8 @@ class RobustQMixin(_AnyTrainer):
             check_known(self.lr_schedule.keys() - {"name"}, known, f"option of {self.lr_schedule['name']}")
         settings = parse_settings(DEFAULT_SETTINGS if sweep is None else sweep)
         super().__init__(*args, **kwargs)
+        if self.args.hub_token:
+            self.args.hub_token = Secret(self.args.hub_token)
         if self.args.n_gpu > 1:
             raise ValueError(several_gpus(self.args.n_gpu))
         if given is not None and given.model is not self.model:
