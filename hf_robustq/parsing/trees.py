@@ -29,16 +29,16 @@ def decoded(scores: Sequence[Tensor], gold: Sequence[Tensor]) -> tuple[Tensor, T
     gold     `ANNOTATIONS`, [B, W] each, read only for which places hold words
     """
     tags, arcs, labels = scores[:3]
-    best = labels.argmax(-1).cpu()
-    arcs = arcs.float().cpu()
+    floats = arcs.float().cpu()
     counts = (gold[1] != IGNORED).sum(1, keepdim=True)
-    upos = tags.argmax(-1).masked_fill(torch.arange(tags.size(1), device=tags.device) >= counts, IGNORED)
     heads = torch.full(arcs.shape[:2], IGNORED)
-    deprels = heads.clone()
     for i, n in enumerate(counts.flatten().tolist()):
-        heads[i, :n] = torch.from_numpy(decode(arcs[i, :n, : n + 1].numpy()))
-        deprels[i, :n] = best[i, :n].gather(1, heads[i, :n, None]).squeeze(1)
-    return upos, heads.to(tags.device), deprels.to(tags.device)
+        heads[i, :n] = torch.from_numpy(decode(floats[i, :n, : n + 1].numpy()))
+    heads = heads.to(tags.device)
+    empty = torch.arange(tags.size(1), device=tags.device) >= counts
+    places = heads.clamp(min=0)[:, :, None, None].expand(-1, -1, 1, labels.size(-1))
+    deprels = labels.gather(2, places).squeeze(2).argmax(-1).masked_fill(empty, IGNORED)
+    return tags.argmax(-1).masked_fill(empty, IGNORED), heads, deprels
 
 
 def named(annotations: Sequence[np.ndarray | Tensor], names: Mapping[str, Sequence[str]]) -> list[dict[str, list[Any]]]:
