@@ -168,6 +168,8 @@ def test_an_interrupted_run_resumed_ends_with_exactly_the_same_weights(tmp_path,
     assert all(torch.equal(v, resumed.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
     sweeps = [json.loads((tmp_path / run / "robustq_sweep.json").read_text()) for run in ("whole", "parts")]
     assert sweeps[0] == sweeps[1] and len(sweeps[0]["sweeps"]) == 3
+    histograms = [json.loads((tmp_path / run / "robustq_weights.json").read_text()) for run in ("whole", "parts")]
+    assert histograms[0] == histograms[1] and histograms[0].keys() == {"before", "after"}
     final = [load_file(tmp_path / run / "checkpoint-8" / "model.safetensors") for run in ("whole", "parts")]
     assert same(*final)
     state = tmp_path / "whole" / "checkpoint-8" / "robustq_state.safetensors"

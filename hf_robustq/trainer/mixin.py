@@ -28,7 +28,7 @@ from hf_robustq.sweep import DEFAULT_SETTINGS, Setting, parse_settings
 from hf_robustq.trainer.batches import calibration_batches, forward
 from hf_robustq.trainer.callback import RobustQCallback, several_gpus
 from hf_robustq.trainer.optimizer import check_section, group_apart, learning_rate_factor
-from hf_robustq.trainer.record import Weights, card_facts
+from hf_robustq.trainer.record import Histograms, card_facts
 from hf_robustq.trainer.resume import check_config, readable
 from hf_robustq.trainer.secret import Secret
 from hf_robustq.trainer.sweep_callback import BitWidthSweepCallback
@@ -59,7 +59,7 @@ class RobustQMixin(_AnyTrainer):
     _scheduler_state: Path | None = None
     _resumed: Path | None = None
     _observed: int | None = None
-    weights: Weights | None = None
+    histograms: Histograms | None = None
 
     def __init__(
         self,
@@ -140,7 +140,9 @@ class RobustQMixin(_AnyTrainer):
             load_state(self.robustq, self._resumed)
         elif self.robustq.ema is not None:
             self.robustq.ema.start()
-        self.weights = Weights(self.robustq, str(self.args.output_dir), resumed=self._resumed is not None)
+        if self.sweep_callback is not None:
+            folder, resumed = str(self.args.output_dir), self._resumed is not None
+            self.histograms = Histograms(self.robustq, folder, resumed, write=self.is_world_process_zero())
 
     def call_model_init(self, trial: Any = None) -> Any:
         model = super().call_model_init(trial)
@@ -185,9 +187,9 @@ class RobustQMixin(_AnyTrainer):
             self.observe()
         except (RuntimeError, ValueError) as error:
             logger.warning("the statistics of the inputs are those of the last evaluation or checkpoint: %s", error)
-        if self.sweep_callback is not None and self.weights is not None:
+        if self.histograms is not None:
             with self.robustq.averaged():
-                self.weights.save(write=self.is_world_process_zero())
+                self.histograms.add_end()
         return result
 
     def observe(self) -> None:

@@ -14,24 +14,27 @@ from hf_robustq.report import WEIGHTS_FILE
 from hf_robustq.sweep import read_json, write_json
 
 
-class Weights:
-    """Histograms of the weights before the training and after it, into `WEIGHTS_FILE`.
+class Histograms:
+    """Those of the weights before the training and after it, into `WEIGHTS_FILE`.
 
-    A resumed run keeps those of its beginning.
+    Gathered on every process, written by one (`write`). A resumed run keeps those of its beginning.
     """
 
-    def __init__(self, plugin: RobustQ, folder: str | Path, resumed: bool) -> None:
-        self.plugin, self.file = plugin, Path(folder) / WEIGHTS_FILE
+    def __init__(self, plugin: RobustQ, folder: str | Path, resumed: bool, write: bool) -> None:
+        self.plugin, self.file, self.write = plugin, Path(folder) / WEIGHTS_FILE, write
         if resumed:
-            self.before = read_json(self.file)["before"] if self.file.is_file() else {}
+            self.before = read_json(self.file).get("before", {}) if self.file.is_file() else {}
         else:
             self.before = plugin.histograms()
+            self._save()
 
-    def save(self, write: bool) -> None:
-        """Gathered on every process, written by one (`write`)."""
-        after = self.plugin.histograms()
-        if write:
-            write_json({"before": self.before, "after": after}, self.file, indent=None)
+    def add_end(self) -> None:
+        """What the weights are like now."""
+        self._save(after=self.plugin.histograms())
+
+    def _save(self, **more: Any) -> None:
+        if self.write:
+            write_json({"before": self.before, **more}, self.file, indent=None)
 
 
 def card_facts(trainer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
