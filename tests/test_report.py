@@ -127,8 +127,17 @@ def test_runs_side_by_side_and_an_analysis(tmp_path):
 
 
 def test_two_runs_of_one_name_are_told_apart(tmp_path):
-    runs = read([training(tmp_path / "a" / "with"), training(tmp_path / "b" / "with")])
-    assert len({run.name for run in runs}) == 2
+    runs = read([training(tmp_path / "a" / "with"), training(tmp_path / "b" / "with"), training(tmp_path / "other")])
+    assert [run.name for run in runs] == ["a/with", "b/with", "other"]
+
+
+def test_an_analysis_of_a_run_joins_it(tmp_path):
+    run, file = training(tmp_path / "kure"), analysis(tmp_path / "kure.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model": str(run)}))
+    (one,) = read([file, run])
+    write_report([one], tmp_path / "out")
+    found = charts_of(tmp_path / "out")
+    assert len(found["Sensitivity of layers"]) == 1 and len(found["Histograms of weights: kure"][0]["data"]) == 2
 
 
 def test_a_sweep_of_the_command_line(tmp_path):

@@ -191,7 +191,7 @@ def histograms(run: Run) -> dict[str, Lines]:
     """Of each weight its distribution before and after the training, or as it was analysed."""
     moments = {"before": run.weights.get("before", {}), "after": run.weights.get("after", {})}
     moments = {when: found for when, found in moments.items() if found}
-    if run.analysis.get("statistics"):
+    if not moments and run.analysis.get("statistics"):
         moments = {"": run.analysis["statistics"]}
     names = list(dict.fromkeys(name for found in moments.values() for name in found))
     charts = {}

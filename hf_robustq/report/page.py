@@ -21,6 +21,8 @@ from hf_robustq.sweep import Row, Sweep
 logger = logging.getLogger(__name__)
 
 PAGE = Path(__file__).parent / "page.html"
+MOST_SMALL = 80
+"""Charts in one picture."""
 
 
 @dataclass(kw_only=True)
@@ -81,7 +83,7 @@ def write_report(runs: Sequence[Run], folder: str | Path) -> list[Path]:
     try:
         for index, section in enumerate(found):
             name = re.sub(r"\W+", "_", section.title.lower()).strip("_")[:60]
-            for number, chart in enumerate([section.charts] if section.choose else section.charts):
+            for number, chart in enumerate([section.charts[:MOST_SMALL]] if section.choose else section.charts):
                 path = folder / f"{index:02d}_{name}_{number}.png"
                 save_png(chart, path)
                 written.append(path)

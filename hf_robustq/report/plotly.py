@@ -83,6 +83,6 @@ def _cells(chart: Cells) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         "xgap": 1,
         "ygap": 1,
     }
-    xaxis = _axis(chart.x, type="category", tickangle=-60 if len(chart.columns) > 6 else 0)
+    xaxis = _axis(chart.x, type="category", tickmode="linear", autotickangles=[0, 30, 60, 90])
     yaxis = _axis("", type="category", autorange="reversed", tickfont={"size": 10}, tickmode="linear")
     return [data], {"xaxis": xaxis, "yaxis": yaxis, "height": 170 + 22 * len(chart.rows), "showlegend": False}

@@ -55,14 +55,20 @@ class Run:
 def read(paths: Sequence[str | Path]) -> list[Run]:
     """The runs in `paths`, each under a name of its own.
 
-    A path is a folder of a training, of several (a recipe's), or of `robustq sweep`, or a file of `robustq analyze`.
-    Raises `ValueError`, in one line, for anything else.
+    A path is a folder of a training, of several (a recipe's), or of `robustq sweep`, or a file of `robustq analyze`; an
+    analysis of one of the folders joins its run. Raises `ValueError`, in one line, for anything else.
     """
     found = [run for path in paths for run in _read(Path(path))]
+    trained = {run.source.resolve(): run for run in found if run.source.is_dir()}
+    for run in [run for run in found if run.analysis]:
+        own = trained.get(Path(str(run.analysis.get("model", ""))).resolve())
+        if own is not None and not own.analysis:
+            own.analysis = run.analysis
+            found.remove(run)
     names = [run.name for run in found]
     for run in found:
         if names.count(run.name) > 1:
-            run.name = f"{run.source.name}: {run.name}" if run.source.name != run.name else str(run.source)
+            run.name = f"{(run.source if run.source.name != run.name else run.source.resolve().parent).name}/{run.name}"
     seen: dict[str, int] = {}
     for run in found:
         seen[run.name] = seen.get(run.name, 0) + 1
