@@ -11,13 +11,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import yaml
+from huggingface_hub import ModelCard
+
+LARGE = (".safetensors", ".png")
+LICENSES = ["apache-2.0", "mit"]
+
 
 class LoopbackHub:
     """`with LoopbackHub() as hub:`; `hub.url` is the endpoint.
 
     token      the one accepted, of the account `owner`; whose repos are others' may be read, not written
     repos      {repo id: {path: bytes}}; commits: {repo id: [message]}
-    broken     so many bodies of large files are cut off in the middle, the connection closed
+    broken     {"PUT": so many large files, "POST": so many commits} whose bodies are cut off in the middle
+    lost       so many commits are made, and the connection closed without an answer
+    full       nothing more may be stored
     requests   (method, path, headers, body) of all there were
     """
 
@@ -26,8 +34,8 @@ class LoopbackHub:
         self.repos: dict[str, dict[str, bytes]] = {}
         self.commits: dict[str, list[str]] = {}
         self.objects: dict[str, bytes] = {}
-        self.broken = 0
-        self.broken_commits = 0
+        self.broken = {"PUT": 0, "POST": 0}
+        self.lost, self.full = 0, False
         self.requests: list[tuple[str, str, dict[str, str], bytes]] = []
         self.lock = threading.Lock()
 
@@ -44,8 +52,7 @@ class LoopbackHub:
 
     def sha(self, repo: str) -> str:
         """A commit id that changes with the content."""
-        found = hashlib.sha1(repr(sorted(self.repos[repo].items())).encode())
-        return found.hexdigest()
+        return hashlib.sha1(repr(sorted(self.repos[repo].items())).encode()).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -78,19 +85,23 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         return self.rfile.read(length if limit is None else min(limit, length))
 
+    def hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.close()
+
     def handle_one(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        if self.command == "PUT" and self.hub.broken > 0:
-            self.hub.broken -= 1
-            self.hub.requests.append((self.command, path, dict(self.headers), self.body(limit=100)))
-            self.close_connection = True
-            self.connection.close()
-            return
-        body = self.body()
+        large = self.command == "PUT" or path.endswith("/commit/main")
+        breaks = large and self.hub.broken[self.command] > 0
+        body = self.body(limit=100 if breaks else None)
         self.hub.requests.append((self.command, path, dict(self.headers), body))
+        if breaks:
+            self.hub.broken[self.command] -= 1
+            self.hang_up()
+            return
         with self.hub.lock:
             for method, pattern, action in ROUTES:
-                if method == self.command and (match := re.fullmatch(pattern, path)):
+                if self.command in method.split() and (match := re.fullmatch(pattern, path)):
                     action(self, body, **match.groupdict())
                     return
         self.answer(404, {"error": f"no such page: {path}"})
@@ -110,18 +121,14 @@ class Handler(BaseHTTPRequestHandler):
         return self.known and owner == self.hub.owner
 
     def whoami(self, body: bytes) -> None:
-        if self.known:
-            self.answer(200, {"name": self.hub.owner, "type": "user", "orgs": [], "auth": {"accessToken": {}}})
-        else:
-            self.answer(401, {"error": "Invalid credentials"})
+        facts = {"name": self.hub.owner, "type": "user", "orgs": [], "auth": {"accessToken": {}}}
+        self.answer(200 if self.known else 401, facts if self.known else {"error": "Invalid credentials"})
 
-    def yaml(self, body: bytes) -> None:
-        import yaml
-        from huggingface_hub import ModelCard
-
+    def validate(self, body: bytes) -> None:
         content = json.loads(body)["content"]
         try:
-            ModelCard(content)
+            if ModelCard(content).data.license not in (None, *LICENSES):
+                raise ValueError(f'"license" must be one of {LICENSES}')
             self.answer(200, {"errors": [], "warnings": []})
         except (ValueError, yaml.YAMLError) as error:
             self.answer(400, {"errors": [{"message": str(error)}], "warnings": []})
@@ -139,8 +146,6 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(200, url)
 
     def info(self, body: bytes, repo: str, revision: str | None = None) -> None:
-        from huggingface_hub import ModelCard
-
         if repo not in self.hub.repos:
             self.answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
             return
@@ -151,16 +156,27 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {**facts, "tags": list((data and data.tags) or []), "downloads": 0, "likes": 0})
 
     def tree(self, body: bytes, repo: str, revision: str) -> None:
-        rows = [{"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+        rows = [{"type": "file", "path": name, "size": len(content), "oid": self.oid(repo, name)}
                 for name, content in self.hub.repos[repo].items()]  # fmt: skip
         self.answer(200, rows)
 
     def preupload(self, body: bytes, repo: str, revision: str) -> None:
-        if self.may_write(repo.split("/")[0]):
-            files = [{"path": one["path"], "shouldIgnore": False,
-                      "uploadMode": "lfs" if one["path"].endswith((".safetensors", ".png")) else "regular"}
-                     for one in json.loads(body)["files"]]  # fmt: skip
+        if self.hub.full:
+            self.answer(403, {"error": "Storage limit reached"}, {"X-Error-Message": "Storage limit reached"})
+        elif self.may_write(repo.split("/")[0]):
+            paths = [one["path"] for one in json.loads(body)["files"]]
+            files = [{"path": path, "shouldIgnore": False, "oid": self.oid(repo, path),
+                      "uploadMode": "lfs" if path.endswith(LARGE) else "regular"} for path in paths]  # fmt: skip
             self.answer(200, {"files": files})
+
+    def oid(self, repo: str, path: str) -> str | None:
+        """As git has it, or LFS."""
+        content = self.hub.repos[repo].get(path)
+        if content is None:
+            return None
+        if path.endswith(LARGE):
+            return hashlib.sha256(content).hexdigest()
+        return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
 
     def batch(self, body: bytes, repo: str) -> None:
         if not self.may_write(repo.split("/")[0]):
@@ -184,16 +200,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def verify(self, body: bytes) -> None:
         one = json.loads(body)
-        there = len(self.hub.objects.get(one["oid"], b"")) == one["size"]
-        self.answer(200 if there else 404, {})
+        self.answer(200 if len(self.hub.objects.get(one["oid"], b"")) == one["size"] else 404, {})
 
     def commit(self, body: bytes, repo: str, revision: str) -> None:
         if not self.may_write(repo.split("/")[0]):
-            return
-        if self.hub.broken_commits:
-            self.hub.broken_commits -= 1
-            self.close_connection = True
-            self.connection.close()
             return
         files = dict(self.hub.repos[repo])
         for line in body.splitlines():
@@ -206,8 +216,12 @@ class Handler(BaseHTTPRequestHandler):
                 files[one["value"]["path"]] = self.hub.objects[one["value"]["oid"]]
         self.hub.repos[repo] = files
         self.hub.commits[repo].append(message)
-        url = f"{self.hub.url}/{repo}/commit/{self.hub.sha(repo)}"
-        self.answer(200, {"success": True, "commitOid": self.hub.sha(repo), "commitUrl": url})
+        if self.hub.lost:
+            self.hub.lost -= 1
+            self.hang_up()
+        else:
+            sha = self.hub.sha(repo)
+            self.answer(200, {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{repo}/commit/{sha}"})
 
     def resolve(self, body: bytes, repo: str, revision: str, name: str) -> None:
         content = self.hub.repos.get(repo, {}).get(name)
@@ -223,16 +237,14 @@ REPO = r"(?P<repo>[^/]+/[^/]+)"
 REVISION = r"(?P<revision>[^/]+)"
 ROUTES = (
     ("GET", "/api/whoami-v2", Handler.whoami),
-    ("POST", "/api/validate-yaml", Handler.yaml),
+    ("POST", "/api/validate-yaml", Handler.validate),
     ("POST", "/api/repos/create", Handler.create),
-    ("GET", f"/api/models/{REPO}", Handler.info),
-    ("GET", f"/api/models/{REPO}/revision/{REVISION}", Handler.info),
+    ("GET", f"/api/models/{REPO}(/revision/{REVISION})?", Handler.info),
     ("GET", f"/api/models/{REPO}/tree/{REVISION}", Handler.tree),
     ("POST", f"/api/models/{REPO}/preupload/{REVISION}", Handler.preupload),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", Handler.batch),
     ("PUT", "/objects/(?P<oid>[0-9a-f]{64})", Handler.put),
     ("POST", "/verify", Handler.verify),
     ("POST", f"/api/models/{REPO}/commit/{REVISION}", Handler.commit),
-    ("HEAD", f"/{REPO}/resolve/{REVISION}/(?P<name>.+)", Handler.resolve),
-    ("GET", f"/{REPO}/resolve/{REVISION}/(?P<name>.+)", Handler.resolve),
+    ("HEAD GET", f"/{REPO}/resolve/{REVISION}/(?P<name>.+)", Handler.resolve),
 )

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hf_robustq.trainer.secret import Secret
 from tests.loopback_hub import LoopbackHub
@@ -49,7 +50,9 @@ for options in ({"bits": None}, {"bits": "trained"}, {"bits": 4}, {"bits": 3, "a
     with torch.no_grad():
         pixels = images()["pixel_values"]
         assert torch.equal(one(pixels).logits, two(pixels).logits), options
-stock = AutoModelForImageClassification.from_pretrained(repo)
+one, two = (AutoModelForImageClassification.from_pretrained(path).eval() for path in (folder, repo))
+with torch.no_grad():
+    assert torch.equal(one(pixels).logits, two(pixels).logits)
 print("same logits")
 """
 
@@ -59,12 +62,14 @@ SEVERAL = """
 import os, sys
 from hf_robustq.cli import main
 for case in sys.argv[2:]:
-    repo, os.environ["HF_TOKEN"] = case.split(" ")
+    os.environ["HF_TOKEN"], *words = case.split(" ")
     try:
-        main(["publish", sys.argv[1], repo])
+        main(["publish", sys.argv[1], *words])
     except SystemExit as error:
         print(error)
 """
+
+SCRIPT = "import runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
 @pytest.fixture
@@ -159,49 +164,91 @@ def test_publish_pushes_the_folder_and_leaves_it_as_it_is(hub, folder, tmp_path)
     token_is_nowhere(hub, done, loaded)
 
 
+def test_variants_of_a_recipe_go_to_repos_of_their_own(hub, tmp_path):
+    out = tmp_path / "digits"
+    words = ["--preset", "digits", "--model_name_or_path", "test_resnet", "--max_steps", "2", "--sweep", "fp", "w4"]
+    words += ["--eval_strategy", "no", "--push_to_hub", "--hub_token", "hf_secret", "--output_dir", out]
+    recipe = ROOT / "recipes" / "kure_resnet50.py"
+    done = python(hub, tmp_path / "home", SCRIPT, recipe, *words, token=None)
+    assert done.returncode == 0, done.stderr
+    assert (out / "float" / "model.safetensors").is_file()  # what they share is not pushed
+    assert hub.commits == {f"me/digits-{name}": ["End of training"] for name in ("with_kure", "without_kure")}
+    for name in ("with_kure", "without_kure"):
+        files = hub.repos[f"me/digits-{name}"]
+        assert files["model.safetensors"] == (out / name / "model.safetensors").read_bytes()
+        assert "handwritten digits" in files["README.md"].decode()
+        assert "--hub_token <hidden>" in json.loads(files["robustq_run.json"])["command"]
+    token_is_nowhere(hub, done)
+    assert not any(b"hf_secret" in data for data in content(out).values())
+
+
+def metadata(card):
+    return yaml.safe_load(card.split("---")[1])
+
+
+def test_a_card_of_ones_own_keeps_its_text(hub, folder, tmp_path):
+    own = shutil.copytree(folder, tmp_path / "own", ignore=shutil.ignore_patterns("checkpoint-*", "robustq_*"))
+    (own / "README.md").write_text("---\nlicense: mit\ntags:\n- mine\nmore: [1]\n---\nAll *my* words\n")
+    again = "hf_secret me/own --tags b mine --datasets d/e"
+    done = python(hub, tmp_path / "home", SEVERAL, own, "hf_secret me/own --private --tags a", again)
+    assert "error" not in done.stdout and len(hub.commits["me/own"]) == 2, done.stdout + done.stderr
+    card = hub.repos["me/own"]["README.md"].decode()
+    expected = {"license": "mit", "tags": ["mine", "robustq", "b"], "datasets": ["d/e"], "more": [1]}
+    assert metadata(card) == expected and card.endswith("---\nAll *my* words\n")
+    created = [json.loads(body) for _, path, _, body in hub.requests if path == "/api/repos/create"]
+    assert [one.get("visibility") for one in created] == ["private", None]  # as the organization has it
+    token_is_nowhere(hub, done)
+
+
 def test_a_network_that_dies_leaves_all_as_it_was_and_the_push_is_repeated(hub, folder, tmp_path):
     before = content(folder)
-    hub.broken = 1000
+    hub.broken["PUT"] = 1000
     broken = python(hub, tmp_path / "home", PUBLISH, folder, "me/kure", "--license", "mit")
     message = error_of(broken)
     assert "the push to me/kure broke (" in message and "nothing was committed" in message
     assert hub.repos["me/kure"] == {} and content(folder) == before
-    hub.broken, hub.broken_commits = 0, 1000
-    assert "nothing was committed" in error_of(python(hub, tmp_path / "home", PUBLISH, folder, "me/kure"))
-    assert hub.repos["me/kure"] == {} and hub.objects
-    hub.broken_commits = 0
+    hub.broken, hub.lost = {"PUT": 0, "POST": 1}, 1  # nobody but the Hub can tell these two apart
+    lost = python(hub, tmp_path / "home", SEVERAL, folder, *["hf_secret me/kure"] * 2)
+    assert lost.stdout.count("while it was committed, which may have succeeded") == 2, lost.stdout + lost.stderr
+    assert len(hub.commits["me/kure"]) == 1 and hub.objects
     puts = sum(method == "PUT" for method, *_ in hub.requests)
     done = python(hub, tmp_path / "home", PUBLISH, folder, "me/kure")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and len(hub.commits["me/kure"]) == 1, done.stderr  # nothing is committed twice
     assert sum(method == "PUT" for method, *_ in hub.requests) == puts  # what had arrived is not sent again
     assert hub.repos["me/kure"]["model.safetensors"] == before["model.safetensors"]
     assert hub.repos["me/kure"]["README.md"] == before["README.md"]
-    token_is_nowhere(hub, broken, done)
+    token_is_nowhere(hub, broken, lost, done)
 
 
 def test_what_the_hub_refuses_is_one_line(hub, folder, tmp_path):
     hub.repos["you/theirs"], hub.commits["you/theirs"] = {}, []
     hub.repos["me/other"], hub.commits["me/other"] = {"config.json": b"{}"}, []
     home = tmp_path / "home"
-    cases = [
-        ("you/theirs", "hf_secret", "no write access to you/theirs"),
-        ("me/other", "hf_secret", "me/other holds a model that is not of this package: name another, or --force it"),
-        ("me/new", "", "no token to push with: `hf auth login`, or set HF_TOKEN"),
-        ("me/new", "hf_wrong", "the Hub does not know the token"),
-        ("a/b/c", "hf_secret", "Repo id must be in the form"),
-    ]
-    done = python(hub, home, SEVERAL, folder, *(f"{repo} {token}" for repo, token, _ in cases))
+    cases = {
+        "hf_secret you/theirs": "no write access to you/theirs (you don't have the rights",
+        "hf_secret me/other": "me/other holds a model that is not of this package: name another, or --force it",
+        " me/new": "no token to push with: `hf auth login`, or set HF_TOKEN",
+        "hf_wrong me/new": "the Hub does not know the token",
+        "hf_secret a/b/c": "Repo id must be in the form",
+        "hf_secret me/empty --license my-own": 'me/empty: Invalid metadata in README.md. - "license" must be one of',
+    }
+    done = python(hub, home, SEVERAL, folder, *cases)
     lines = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    for (_, _, message), line in zip(cases, lines, strict=True):
+    for message, line in zip(cases.values(), lines, strict=True):
         assert message in line and "hf_" not in line
+    assert hub.repos.pop("me/empty") == {}
     offline = python(hub, home, PUBLISH, folder, "me/new", HF_HUB_OFFLINE="1")
     assert "HF_HUB_OFFLINE is set: unset it to push to me/new" in error_of(offline)
     assert hub.repos.keys() == {"you/theirs", "me/other"} and hub.repos["me/other"] == {"config.json": b"{}"}
+    hub.full = True
+    full = error_of(python(hub, home, PUBLISH, folder, "me/other", "--force"))
+    assert "no write access to me/other (Storage limit reached)" in full
+    hub.full = False
     forced = python(hub, home, PUBLISH, folder, "me/other", "--force")
     assert forced.returncode == 0 and len(hub.repos["me/other"]) > 5, forced.stderr
 
 
-def test_folders_that_cannot_be_published_are_one_line(folder, tmp_path):
+def test_folders_that_cannot_be_published_are_one_line(folder, tmp_path, monkeypatch):
     from hf_robustq.cli import main
 
     def fails(path, message, *more):
@@ -217,6 +264,13 @@ def test_folders_that_cannot_be_published_are_one_line(folder, tmp_path):
     fails(tmp_path / "empty", "has no weights")
     shutil.copy(folder / "model.safetensors", tmp_path / "empty")
     fails(tmp_path / "empty", r"has no card: trainer.create_model_card\(\) writes one")
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "empty" / "model.safetensors.index.json").write_text(json.dumps(index))
+    fails(tmp_path / "empty", "has no model-2.safetensors, which model.safetensors.index.json names")
+    (tmp_path / "empty" / "model.safetensors.index.json").unlink()
+    (tmp_path / "empty" / "README.md").write_text("---\ntags: [a\n---\n")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    fails(tmp_path / "empty", "README.md: its metadata is no YAML: ")
 
 
 def test_a_secret_is_sent_and_not_shown(tmp_path):
@@ -225,5 +279,5 @@ def test_a_secret_is_sent_and_not_shown(tmp_path):
 
     secret = Secret("hf_secret")
     assert f"Bearer {secret}" == "Bearer hf_secret" and repr([secret]) == "[<hidden>]"
-    assert pickle.loads(pickle.dumps(secret)) == "" and b"hf_secret" not in pickle.dumps({"a": secret})
+    assert pickle.loads(pickle.dumps(secret)) is None and b"hf_secret" not in pickle.dumps({"a": secret})
     assert copy.deepcopy([secret])[0] == copy.copy(secret) == "hf_secret"

@@ -51,7 +51,13 @@ def training_settings(
     names = ("learning_rate", "weight_decay", "num_train_epochs", "per_device_train_batch_size",
              "gradient_accumulation_steps", "world_size", "max_grad_norm", "bf16", "fp16")  # fmt: skip
     settings = {name: getattr(args, name) for name in names}
-    schedule = dict(lr_schedule) if lr_schedule else args.lr_scheduler_type
+    schedule = dict(lr_schedule) if lr_schedule else _plain(args.lr_scheduler_type)
     settings |= {f"learning_rate of {k}": v for k, v in (("steps", steps), ("bits", bits)) if v is not None}
     settings |= {name: str(dict(values)) for name, values in options.items() if values is not None}
-    return {"optimizer": f"{args.optim} {args.optim_args or ''}".strip(), **settings, "lr_schedule": str(schedule)}
+    optimizer = f"{_plain(args.optim)} {args.optim_args or ''}".strip()
+    return {"optimizer": optimizer, **settings, "lr_schedule": str(schedule)}
+
+
+def _plain(choice: Any) -> str:
+    """The value of an enumeration's member."""
+    return str(getattr(choice, "value", choice))

@@ -23,6 +23,8 @@ IGNORED = (
     *("training_args.bin", "optimizer.*", "scheduler.*", "rng_state*", "robustq_state.safetensors"),
 )
 """Names of files and folders that stay at home."""
+TAG = "robustq"
+"""Of a card whose model may be replaced."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--license", help="as the Hub has it: apache-2.0")
     add("--base_model", help="Hub id of what was fine-tuned")
     add("--datasets", nargs="+", help="Hub ids of the data")
-    add("--tags", nargs="+", default=[])
+    add("--tags", nargs="+", help="besides those of the card")
     add("--sweeps", nargs="+", type=Path, default=[], help="folders of `robustq sweep` that measured DIR too")
     add("--force", action="store_true", help="replace a model that is not of this package")
 
@@ -54,7 +56,7 @@ def publish(
     message: str = "Upload a model with its card",
     force: bool = False,
 ) -> str:
-    """Push a folder as the command does; returns the commit's address. `facts`: arguments of `write_card`.
+    """Push a folder as the command does; returns the commit's address. `facts`: of the card's metadata.
 
     Raises `ValueError`, `OSError` or `RuntimeError`, in one line, with the remedy.
     """
@@ -72,11 +74,9 @@ def publish(
         files |= card_files(folder, Path(place), sweeps, facts or {})
         operations = [CommitOperationAdd(name, str(path)) for name, path in sorted(files.items())]
         try:
-            target = str(api.create_repo(repo, private=private, exist_ok=True).repo_id)
+            target = str(api.create_repo(repo, private=private or None, exist_ok=True).repo_id)
             there = api.model_info(target)
-            strange = "robustq" not in (there.tags or ()) and any(
-                s.rfilename == "config.json" for s in there.siblings or ()
-            )
+            strange = TAG not in (there.tags or ()) and any(s.rfilename == "config.json" for s in there.siblings or ())
             if not strange or force:
                 done = api.create_commit(target, operations=operations, commit_message=message)
         except HFValidationError as error:
@@ -92,6 +92,7 @@ def publish(
 def check(folder: Path) -> dict[str, Path]:
     """The files to push, by name. Raises `ValueError` for a folder that is no whole model with a card."""
     from hf_robustq.hub import check_folder
+    from hf_robustq.sweep import read_json
 
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: name the one that save_model or save_pretrained wrote")
@@ -101,6 +102,10 @@ def check(folder: Path) -> dict[str, Path]:
     check_folder(folder)
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} has no weights (*.safetensors): save the model there")
+    for index in folder.glob("*.safetensors.index.json"):
+        for shard in sorted(set(read_json(index)["weight_map"].values())):
+            if not (folder / shard).is_file():
+                raise ValueError(f"{folder} has no {shard}, which {index.name} names: copy or save the model again")
     if not (folder / "README.md").is_file():
         raise ValueError(f"{folder} has no card: trainer.create_model_card() writes one")
     found = {}
@@ -112,23 +117,32 @@ def check(folder: Path) -> dict[str, Path]:
 
 
 def card_files(folder: Path, place: Path, sweeps: Sequence[Path], facts: dict[str, Any]) -> dict[str, Path]:
-    """The card and its figures, written anew in `place` where there is something to change, by name."""
+    """What is pushed instead of the folder's own card, written in `place`, by name.
+
+    Without sweeps the card's text stays, and `facts` join its metadata; with them it is written anew, figures too.
+    """
+    import yaml
     from huggingface_hub import ModelCard
 
     from hf_robustq.card import rewrite_card
     from hf_robustq.report import RUN_FILE, SWEEP_FILE
     from hf_robustq.sweep import load_measured, load_sweeps
 
-    if not sweeps and not facts:
-        return {}
-    if not (folder / RUN_FILE).is_file() or not (folder / SWEEP_FILE).is_file():
-        if sweeps:
-            raise ValueError(f"{folder} has no {RUN_FILE}, which a card with sweeps needs: train with RobustTrainer")
+    try:
         card = ModelCard.load(folder / "README.md")
+    except yaml.YAMLError as error:
+        raise ValueError(f"{folder / 'README.md'}: its metadata is no YAML: {' '.join(str(error).split())}") from None
+    tags = getattr(card.data, "tags", None) or []
+    if not sweeps and not facts and TAG in tags:
+        return {}
+    facts = {**facts, "tags": [*dict.fromkeys((*tags, TAG, *facts.get("tags", ())))]}
+    if not sweeps:
         for key, value in facts.items():
             setattr(card.data, key, value)
         card.save(place / "README.md")
         return {"README.md": place / "README.md"}
+    if not (folder / RUN_FILE).is_file() or not (folder / SWEEP_FILE).is_file():
+        raise ValueError(f"{folder} has no {RUN_FILE}, which a card with sweeps needs: train with RobustTrainer")
     measured = {}
     for path in sweeps:
         found = load_measured(path / "rows.json")
@@ -152,9 +166,16 @@ def _said(repo: str, error: BaseException) -> str:
         return f"HF_HUB_OFFLINE is set: unset it to push to {repo}"
     refused = next((one for one in causes if isinstance(one, HfHubHTTPError)), None)
     status = getattr(getattr(refused, "response", None), "status_code", None)
-    if status == 401:
+    if status == 401 and error is refused:  # by the Hub itself, not by where it keeps large files
         return f"the Hub does not know the token: `hf auth login` again, or set HF_TOKEN, to push to {repo}"
-    if status in (403, 404):
-        return f"no write access to {repo}: name a repo of your own, or use a token that may write"
+    if status in (403, 404) and error is refused:
+        said = str(getattr(refused, "server_message", None) or "the Hub does not say why").splitlines()[0]
+        return f"no write access to {repo} ({said}): name a repo of your own, or use a token that may write"
+    if type(error) is ValueError:  # the client's own: the card's metadata, the message
+        return f"{repo}: {' '.join(str(error).split())}"
     why = f"status {status}" if status else f"{type(causes[-1]).__name__}: {causes[-1]}".splitlines()[0]
+    asked = str(getattr(getattr(error, "request", None), "url", ""))
+    if (not status or status >= 500) and asked.endswith("/commit/main"):
+        why += ") while it was committed, which may have succeeded (the repo's page shows it"
+        return f"the push to {repo} broke ({why}); the same command may be repeated, and pushes nothing twice"
     return f"the push to {repo} broke ({why}); nothing was committed, and the same command may be repeated"

@@ -124,10 +124,10 @@ class Run:
         )
         if train:
             trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) if self.recipe.resume else None)
-            trainer.save_model()
+            trainer.save_model(_internal_call=True)  # not pushed yet: below it is, with the card
         self.finish(trainer)
         if not train:
-            trainer.save_model()
+            trainer.save_model(_internal_call=True)
         trainer.save_state()
         about = {"dataset": self.dataset, "dataset_tags": self.dataset_tags}
         if args.push_to_hub:

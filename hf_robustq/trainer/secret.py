@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Secret(str):
-    """A string to those who send it; shown and pickled it is nothing.
+    """A string to those who send it; its repr hides it, and it pickles as None.
 
     The Trainer pickles its arguments, `hub_token` among them, into `training_args.bin`, and pushes that.
     """
@@ -21,4 +21,4 @@ class Secret(str):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return str, ()
+        return type(None), ()
