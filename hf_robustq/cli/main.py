@@ -50,7 +50,8 @@ def _add(commands: Any, name: str) -> None:
     module = importlib.import_module(f"hf_robustq.cli.{name}")  # only the one that is asked for
     head, _, rest = str(module.__doc__).partition("\n")
     plain = argparse.RawDescriptionHelpFormatter
-    command = commands.add_parser(name, help=COMMANDS[name], description=head, epilog=rest, formatter_class=plain)
+    about = {"help": COMMANDS[name], "description": head, "epilog": f"examples:\n{rest}"}
+    command = commands.add_parser(name, formatter_class=plain, **about)
     module.add_arguments(command)
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.set_defaults(run=module.run)
