@@ -29,8 +29,8 @@ def test_table_has_a_column_for_each_setting_and_a_row_for_each_sweep(sweeps):
 
 
 def test_titles():
-    assert [title(s) for s in ("fp", "trained", "w4", "w4a8", "w3@mse/channel")] == [
-        "FP", "trained", "W4", "W4/A8", "W3 mse/channel",
+    assert [title(s) for s in ("fp", "trained", "w4", "w4a8", "a8@mse/asym", "w3@mse/channel")] == [
+        "FP", "trained", "W4", "W4/A8", "A8 mse/asym", "W3 mse/channel",
     ]  # fmt: skip
 
 

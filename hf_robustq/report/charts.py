@@ -22,17 +22,17 @@ def is_share(metric: str) -> bool:
 
 
 def title(setting: str) -> str:
-    """`w4a8` as W4/A8, `w4` as W4, `fp` as FP: what a column is headed with."""
+    """`w4a8` as W4/A8, `a8` as A8, `fp` as FP: what a column is headed with."""
     head, slash, rest = setting.partition("/")
     if head in ("fp", "trained"):
         return (head.upper() if head == "fp" else head) + slash + rest
     bits, _, how = setting.partition("@")
-    return bits.upper().replace("A", "/A") + (f" {how}" if how else "")
+    return bits.upper().replace("A", "/A").lstrip("/") + (f" {how}" if how else "")
 
 
 def kind(how: str) -> str:
     """What the settings of a curve have in common: `a8@learned` as "A8 learned", `a=w` as "A=W"."""
-    return title(how).strip(" /")
+    return title(how).strip("/ ")
 
 
 def by_bits(sweeps: dict[str, Sweep], metric: str) -> Lines | None:
