@@ -31,12 +31,17 @@ def site_kurtosis(sites: Sequence[Site]) -> dict[str, float]:
 
 @torch.no_grad()
 def site_histograms(sites: Sequence[Site], bins: int) -> dict[str, dict[str, Any]]:
-    """Of each site's weight in the float network {"kurtosis", "largest", "counts"}: bins from -largest to largest."""
+    """Of each site's weight in the float network {"kurtosis", "largest", "counts"}: bins from -largest to largest.
+
+    None of a weight that is not finite, which `FiniteWatch` names.
+    """
     found = {}
     for site in sites:
         with network_weight(site) as weight:
             w = weight.float()
             largest = float(w.abs().amax())
+            if not math.isfinite(largest):
+                continue
             counts = torch.histc(w, bins, -(largest or 1.0), largest or 1.0)
             found[site.name] = {"kurtosis": float(kurtosis(w)), "largest": largest, "counts": counts.tolist()}
     return found

@@ -132,6 +132,7 @@ def test_hostile_names_are_shown_as_they_are(tmp_path, sweeps):
 
 def test_escaped_text_is_one_line():
     assert escaped("a\n|b") == "a \\|b" and escaped("layer1.conv_2.weight") == "layer1.conv_2.weight"
+    assert escaped("__init__ ~~x~~") == r"\_\_init\_\_ \~\~x\~\~"
 
 
 def test_the_command_is_said_without_its_secrets():

@@ -336,6 +336,8 @@ def test_what_train_cannot_read_is_one_line(text, flags, message, tmp_path, monk
     with pytest.raises(SystemExit, match=re.escape(message)) as caught:
         main(["train", str(tmp_path / "my.yaml"), *flags])
     assert str(caught.value).startswith("error: ") and "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        main(["train", "--debug", str(tmp_path / "my.yaml"), *flags])
 
 
 def test_report_writes_where_it_is_told(tmp_path, capsys):

@@ -38,8 +38,8 @@ def training(folder, names=("net.a.weight", "net.b.weight"), dataset="eval", shi
         for epoch, values in enumerate(measured, 1)
     ]  # fmt: skip
     save_sweeps(sweeps, folder / "robustq_sweep.json")
-    one = {"kurtosis": 3.0, "largest": 2.0, "counts": [1.0, 2.0, 4.0, 2.0, 1.0]}
-    weights = {"before": dict.fromkeys(names, one), "after": dict.fromkeys(names, one)}
+    own = {n: {"kurtosis": 3.0 + i, "largest": 2.0, "counts": [1.0, 2.0, 4.0, 2.0, 1.0]} for i, n in enumerate(names)}
+    weights = {"before": own, "after": own}
     (folder / "robustq_weights.json").write_text(json.dumps(weights))
     log = [{"loss": 2.0 - i, "kurtosis": 3.0 - i, "epoch": i, "step": i} for i in (0.5, 1.0)]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
@@ -227,6 +227,10 @@ def test_a_browser_draws_every_chart_without_a_complaint(chromium, tmp_path):
     places = len(re.findall(r'class="chart[ "]', page))
     assert places > 12 and page.count("main-svg") >= 2 * places  # each is drawn in two layers or three
     assert "<img src=x" not in page and "&lt;img src=x" in page
+    chosen = page[page.index("<select") :]
+    caption = html.unescape(re.search(r"<figcaption>(.*?)</figcaption>", chosen, re.DOTALL)[1])
+    assert caption == html.unescape(re.findall(r"<option.*?>(.*?)</option>", chosen, re.DOTALL)[1])
+    assert "kurtosis 4.00" in chosen[: chosen.index("</section>")]
     picture = tmp_path / "phone.png"
     _, console = opened(chromium, out / "index.html", tmp_path, "--window-size=500,6000", f"--screenshot={picture}")
     assert console == [] and picture.stat().st_size > 50_000

@@ -3,52 +3,63 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from hf_robustq.report.charts import is_share, title
-from hf_robustq.sweep import Sweep
+from hf_robustq.sweep import Row, Sweep
 
 
-def table(sweeps: Mapping[str, Sweep], metric: str) -> str:
-    """A Markdown table: a row for each named sweep, a column for each setting of any; shares in percent."""
-    names = list(dict.fromkeys(row.setting for sweep in sweeps.values() for row in sweep.rows))
-    cells = {(label, ""): {row.setting: row.metrics[metric] for row in sweep.rows} for label, sweep in sweeps.items()}
-    return _grid({name: title(name) for name in names}, cells, is_share(metric))
+def table(sweeps: Mapping[str, Sweep], metric: str, aligned: bool = False) -> str:
+    """A Markdown table: a row for each named sweep, a column for each setting of any; shares in percent.
+
+    `aligned`: its columns line up in plain text too.
+    """
+    columns = {row.setting: title(row.setting) for sweep in sweeps.values() for row in sweep.rows}
+    cells = {label: {row.setting: _figure(row, metric) for row in sweep.rows} for label, sweep in sweeps.items()}
+    return _grid(columns, cells, aligned)
 
 
 def table_by_method(sweeps: Mapping[str, Sweep], metric: str) -> str:
     """The same with a column for each bit-width, and a row for each method and modifier of each sweep."""
     columns: dict[str, str] = {}
-    cells: dict[tuple[str, str], dict[str, float]] = {}
+    cells: dict[str, dict[str, str]] = {}
     for label, sweep in sweeps.items():
         for row in sweep.rows:
             bits, how = re.fullmatch(r"([^@/]*)(.*)", row.setting, re.DOTALL).groups()  # type: ignore[union-attr]
             columns[bits] = title(bits)
-            cells.setdefault((label, how.lstrip("@/")), {})[bits] = row.metrics[metric]
-    return _grid(columns, cells, is_share(metric))
+            name = ", ".join(filter(None, [label, how.lstrip("@/")]))
+            cells.setdefault(name, {})[bits] = _figure(row, metric)
+    return _grid(columns, cells)
 
 
-def _grid(columns: Mapping[str, str], cells: Mapping[tuple[str, str], Mapping[str, float]], percent: bool) -> str:
-    head = ["", *map(escaped, columns.values())]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for (label, how), values in cells.items():
-        written = [f"{values[c] * (100 if percent else 1):.2f}" if c in values else "" for c in columns]
-        lines.append("| " + " | ".join([escaped(f"{label}, {how}" if how else label), *written]) + " |")
-    return "\n".join(lines)
+def sweep_table(sweep: Sweep, metrics: Sequence[str]) -> str:
+    """One sweep for a terminal: a row for each metric, a column for each setting; shares in percent."""
+    columns = {row.setting: title(row.setting) for row in sweep.rows}
+    cells = {metric: {row.setting: _figure(row, metric) for row in sweep.rows} for metric in metrics}
+    return _grid(columns, cells, aligned=True)
+
+
+def _figure(row: Row, metric: str) -> str:
+    return f"{row.metrics[metric] * (100 if is_share(metric) else 1):.2f}"
+
+
+def _grid(columns: Mapping[str, str], cells: Mapping[str, Mapping[str, str]], aligned: bool = False) -> str:
+    rows = [["", *map(escaped, columns.values())]]
+    rows += [[escaped(label), *(values.get(column, "") for column in columns)] for label, values in cells.items()]
+    widths = [max(map(len, column)) if aligned else 0 for column in zip(*rows, strict=True)]
+    head, *lines = ["| " + " | ".join(_padded(row, widths)) + " |" for row in rows]
+    return "\n".join([head, "|" + "|".join("-" * max(width + 2, 3) for width in widths) + "|", *lines])
+
+
+def _padded(row: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """The label to the left, numbers to the right."""
+    return [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
 
 
 def escaped(text: str) -> str:
     """Text that Markdown and HTML show as it is, on one line."""
     text = " ".join(str(text).split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", text)
-
-
-def measured_on(sweep: Sweep) -> str:
-    """What the figures of a sweep are of, in a sentence."""
-    sets = {f"{row.samples} samples of {row.dataset} ({row.subset})" for row in sweep.rows}
-    calibration = sweep.context.get("calibration_samples")
-    trained = f" Activation steps come from {calibration} training samples." if calibration else ""
-    return escaped(f"Measured on {', '.join(sorted(sets))}.{trained}")
+    return re.sub(r"([\\`*\[\]|~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
 
 
 def moment(sweep: Sweep) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_robustq.card.facts import versions as current_versions
-from hf_robustq.card.tables import escaped, measured_on, moment, table_by_method
+from hf_robustq.card.tables import escaped, moment, table_by_method
 from hf_robustq.report import RUN_FILE, Bars, Lines, save_png
 from hf_robustq.report.charts import by_bits, is_share, step_ratios, title
 from hf_robustq.size import Size
@@ -21,7 +21,9 @@ from hf_robustq.sweep import Setting, Sweep, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
-TAGS = ("robustq", "quantization", "robust-quantization")
+TAG = "robustq"
+"""Of every card; a model on the Hub that has it may be replaced."""
+TAGS = (TAG, "quantization", "robust-quantization")
 VERSION = 1
 """Of `RUN_FILE`."""
 
@@ -71,17 +73,10 @@ def write_card(
     step = sweeps[-1].step if step is None else step
     own = {sweep.rows[0].dataset: sweep for sweep in sweeps if sweep.step == step}
     versions = dict(versions or current_versions())
-    about = {
-        "name": name,
-        "base_model": base_model,
-        "datasets": datasets,
-        "dataset": dataset,
-        "license": license,
-        "tags": [*tags],
-        "language": language,
-    }
-    facts = {**about, "task": task, "seed": seed, "command": command, "settings": dict(settings or {})}
-    facts |= {"versions": versions, "metric": metric, "step": step, "config": dict(config)}
+    facts = {"name": name, "base_model": base_model, "datasets": datasets, "dataset": dataset, "license": license}
+    facts |= {"tags": [*tags], "language": language, "task": task, "seed": seed, "command": command}
+    facts |= {"settings": dict(settings or {}), "versions": versions, "metric": metric, "step": step}
+    facts |= {"config": dict(config)}
     write_json({"version": VERSION, **facts, "size": size and size.to_dict()}, folder / RUN_FILE)
 
     percent = " (%)" if is_share(metric) else ""
@@ -96,7 +91,7 @@ def write_card(
         "",
         table_by_method(own, metric),
         "",
-        " ".join(measured_on(sweep) for sweep in own.values()),
+        " ".join(escaped(sweep.origin) for sweep in own.values()),
         "W is the bits of the weights, A of the activations, sign included; FP is unquantized. Weights take the "
         "symmetric grid of 2^b - 1 levels, activations 2^b levels, signed where calibration saw a negative value; in "
         "`trained` columns and `learned` rows both take those of the model's own quantizers. "
@@ -107,7 +102,7 @@ def write_card(
     lines += _picture(step_ratios(own, metric), folder / "robustq_steps.png")
     for number, (what, sweep) in enumerate((measured or {}).items()):
         lines += [f"## Measured afterwards: {escaped(what)}{percent}", "", table_by_method({what: sweep}, metric), ""]
-        lines += [measured_on(sweep), ""]
+        lines += [escaped(sweep.origin), ""]
         lines += _picture(by_bits({what: sweep}, metric), folder / f"robustq_measured_{number}.png")
         lines += _picture(step_ratios({what: sweep}, metric), folder / f"robustq_measured_steps_{number}.png")
     if len(sweeps) > len(own):
@@ -138,7 +133,7 @@ def write_card(
         pipeline_tag=task,
         tags=[*dict.fromkeys((*TAGS, *tags))],
         model_name=name,
-        eval_results=eval_results({**own, **(measured or {})}, task, dataset or datasets),
+        eval_results=eval_results([*own.items(), *(measured or {}).items()], task, dataset or datasets),
     )
     path = folder / "README.md"
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)).save(path)
@@ -152,10 +147,13 @@ def rewrite_card(folder: str | Path, sweeps: Sequence[Sweep], measured: Mapping[
         raise ValueError(f"{folder} has no {RUN_FILE}: trainer.create_model_card() writes it with the card")
     known = {key: value for key, value in read_json(file).items() if key != "version"}
     known |= {"size": Size.from_dict(known["size"]) if known["size"] else None, **facts}
+    for what, sweep in measured.items():
+        if any(known["metric"] not in row.metrics for row in sweep.rows):
+            raise ValueError(f"{what} has not measured {known['metric']}, which the card is about: leave it out")
     return write_card(folder, sweeps=sweeps, measured=measured, **known)
 
 
-def eval_results(sweeps: Mapping[str, Sweep], task: str | None, dataset: Any) -> list[EvalResult]:
+def eval_results(sweeps: Iterable[tuple[str, Sweep]], task: str | None, dataset: Any) -> list[EvalResult]:
     """Every metric of every row, as the Hub's `model-index` has it; shares stay shares of one."""
     name = dataset if isinstance(dataset, str) else ", ".join(dataset or ()) or "not named"
     return [
@@ -169,7 +167,7 @@ def eval_results(sweeps: Mapping[str, Sweep], task: str | None, dataset: Any) ->
             metric_value=value,
             metric_args={"setting": row.setting, "samples": row.samples, "subset": row.subset},
         )
-        for label, sweep in sweeps.items()
+        for label, sweep in sweeps
         for row in sweep.rows
         for metric, value in row.metrics.items()
     ]

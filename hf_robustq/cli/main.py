@@ -35,11 +35,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             commands.add_parser(name, help=text)
     args = parser.parse_args(argv)
+    from hf_robustq.recipe import no_bars_without_a_terminal  # slow to import: not before --help
+
+    no_bars_without_a_terminal()
     try:
         args.run(args)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
         if args.debug:
             raise
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

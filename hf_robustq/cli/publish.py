@@ -23,8 +23,6 @@ IGNORED = (
     *("training_args.bin", "optimizer.*", "scheduler.*", "rng_state*", "robustq_state.safetensors"),
 )
 """Names of files and folders that stay at home."""
-TAG = "robustq"
-"""Of a card whose model may be replaced."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +61,9 @@ def publish(
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HFValidationError
 
-    from hf_robustq.recipe import no_bars_without_a_terminal
+    from hf_robustq.card import TAG
 
     files = check(folder)
-    no_bars_without_a_terminal()
     if get_token() is None:
         raise ValueError("no token to push with: `hf auth login`, or set HF_TOKEN")
     api = HfApi()
@@ -124,7 +121,7 @@ def card_files(folder: Path, place: Path, sweeps: Sequence[Path], facts: dict[st
     import yaml
     from huggingface_hub import ModelCard
 
-    from hf_robustq.card import rewrite_card
+    from hf_robustq.card import TAG, rewrite_card
     from hf_robustq.report import RUN_FILE, SWEEP_FILE
     from hf_robustq.sweep import load_measured, load_sweeps
 
@@ -149,6 +146,8 @@ def card_files(folder: Path, place: Path, sweeps: Sequence[Path], facts: dict[st
         own = [sweep for model, sweep in found.items() if Path(model).resolve() == folder.resolve()]
         if not own:
             raise ValueError(f"{path} measured {', '.join(found)}, not {folder}")
+        if path.name in measured:
+            raise ValueError(f"two sweeps are called {path.name}: rename the folder of one")
         measured[path.name] = own[0]
     shutil.copy(folder / RUN_FILE, place / RUN_FILE)
     rewrite_card(place, load_sweeps(folder / SWEEP_FILE), measured, **facts)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import json
 import math
 import re
 import time
@@ -29,7 +28,8 @@ from hf_robustq.card import table
 from hf_robustq.cli.tasks import Task, add_task, check_calibration, load_task, prepare
 from hf_robustq.quantizers import LEARNED
 from hf_robustq.scales import CODEBOOK_RULES, SCALE_RULES
-from hf_robustq.sweep import MODIFIERS, Row, Setting, Sweep, parse_settings
+from hf_robustq.sweep import MODIFIERS, Setting, measured_sweeps, parse_settings, read_json, write_json
+from hf_robustq.sweep.rows import VERSION
 from hf_robustq.sweep.settings import LAPQ
 
 IDENTITY = (
@@ -108,11 +108,11 @@ class Records:
         self.models: dict[str, str] = {}
         file = folder / "rows.json"
         if file.exists():
+            known = read_json(file)
             try:
-                known = json.loads(file.read_text(encoding="utf-8"))
                 own, self.rows, self.models = known["sweep"], known["rows"], known["models"]
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(f"{file} is no sweep's, or damaged: name another --out") from None
+            except (TypeError, KeyError):
+                raise ValueError(f"{file} is no sweep's: name another --out") from None
             differ = [key for key in identity if own.get(key) != identity[key]]
             if differ:
                 raise ValueError(f"{folder} holds another sweep ({', '.join(differ)} differ): name another --out")
@@ -133,11 +133,10 @@ class Records:
         import datasets
 
         self.rows += rows
-        datasets.disable_progress_bars()
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         flat = datasets.Dataset.from_dict({key: [row.get(key) for row in self.rows] for key in columns})
-        text = json.dumps({"sweep": self.identity, "models": self.models, "rows": self.rows}, indent=1)
-        self._write("rows.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
+        values = {"version": VERSION, "sweep": self.identity, "models": self.models, "rows": self.rows}
+        write_json(values, self.folder / "rows.json")
         self._write("rows.csv", flat.to_csv)
         self._write("rows.parquet", flat.to_parquet)
 
@@ -150,21 +149,8 @@ class Records:
     def table(self, settings: Sequence[Setting], metric: str) -> str:
         """Models down, settings across."""
         order = {setting.name: i for i, setting in enumerate(settings)}
-        sweeps = {}
-        for model in dict.fromkeys(row["model"] for row in self.rows):
-            mine = [row for row in self.rows if row["model"] == model and row["setting"] in order]
-            rows = [
-                Row(
-                    setting=row["setting"],
-                    weights=row["weights"],
-                    activations=row["activations"],
-                    metrics={metric: row.get(metric, math.nan)},
-                    samples=row["samples"],
-                )
-                for row in sorted(mine, key=lambda row: order[row["setting"]])
-            ]
-            sweeps[model] = Sweep(rows=rows)
-        return table(sweeps, metric)
+        rows = [{metric: math.nan, **row} for row in self.rows if row["setting"] in order]
+        return table(measured_sweeps(sorted(rows, key=lambda row: order[row["setting"]]), self.identity), metric)
 
 
 def measure(name: str, task: Task, settings: Sequence[Setting], args: argparse.Namespace, records: Records) -> None:

@@ -11,7 +11,7 @@ result. Every flag of the recipe and of `TrainingArguments` may follow; `robustq
 from __future__ import annotations
 
 import argparse
-import runpy
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -39,15 +39,19 @@ def script(config: str) -> tuple[Path, Path]:
         known = {path.stem: path for path in sorted((recipes() / "configs").glob("*.yaml"))}
         check_known([config], known, "config")
         file = known[config]
-    names = {path.stem: path for path in sorted(recipes().glob("*.py")) if "parse(" in path.read_text(encoding="utf-8")}
     recipe = read_config(file).get("recipe")
+    names = sorted({read_config(one)["recipe"] for one in (recipes() / "configs").glob("*.yaml")})
     if recipe is None:
         raise ValueError(f"{file} names no recipe: add a line `recipe: NAME`, one of {', '.join(names)}")
     check_known([str(recipe)], names, "recipe")
-    return names[str(recipe)], file
+    return recipes() / f"{recipe}.py", file
 
 
 def run(args: argparse.Namespace) -> None:
     path, file = script(args.config)
     sys.argv = [str(path), "--preset", str(file), *args.flags]
-    runpy.run_path(str(path), run_name="__main__")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.main()

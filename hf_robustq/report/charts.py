@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +35,7 @@ def kind(how: str) -> str:
     return title(how).strip("/ ")
 
 
-def by_bits(sweeps: dict[str, Sweep], metric: str) -> Lines | None:
+def by_bits(sweeps: Mapping[str, Sweep], metric: str) -> Lines | None:
     """Metric against weight bits: of each named sweep a line for each kind of setting; float dashed, trained a star."""
     lines: list[Line] = []
     ticks: set[float] = set()
@@ -68,7 +68,7 @@ def _moved(row: Row) -> bool:
     return setting.ratio != 1 or setting.power_of_two != "no"
 
 
-def step_ratios(sweeps: dict[str, Sweep], metric: str) -> Lines | None:
+def step_ratios(sweeps: Mapping[str, Sweep], metric: str) -> Lines | None:
     """Metric against the ratio of steps to those of the method, a line for each setting; three ratios or more."""
     lines = []
     for color, (label, sweep) in enumerate(sweeps.items()):
@@ -86,7 +86,7 @@ def step_ratios(sweeps: dict[str, Sweep], metric: str) -> Lines | None:
     return Lines(title=head, x="step / step of the method", y=metric, lines=lines, percent=is_share(metric))
 
 
-def transfer(sweeps: dict[str, Sweep], metric: str) -> Cells | None:
+def transfer(sweeps: Mapping[str, Sweep], metric: str) -> Cells | None:
     """Settings down, models across: what was trained one way, measured another."""
     names = list(dict.fromkeys(row.setting for one in sweeps.values() for row in one.rows if not _moved(row)))
     if len(sweeps) < 2 or len(names) < 2:
@@ -187,14 +187,14 @@ def sensitivity(runs: Sequence[Run]) -> list[Chart]:
     return charts
 
 
-def histograms(run: Run) -> dict[str, Lines]:
+def histograms(run: Run) -> list[Chart]:
     """Of each weight its distribution before and after the training, or as it was analysed."""
     moments = {"before": run.weights.get("before", {}), "after": run.weights.get("after", {})}
     moments = {when: found for when, found in moments.items() if found}
     if not moments and run.analysis.get("statistics"):
         moments = {"": run.analysis["statistics"]}
     names = list(dict.fromkeys(name for found in moments.values() for name in found))
-    charts = {}
+    charts: list[Chart] = []
     for label, name in zip(short(names), names, strict=True):
         lines = []
         for color, (when, found) in enumerate(moments.items()):
@@ -203,7 +203,7 @@ def histograms(run: Run) -> dict[str, Lines]:
                 text = ", ".join(filter(None, [when, f"kurtosis {one['kurtosis']:.2f}"]))
                 x, y = _density(one)
                 lines.append(Line(name=text, x=x, y=y, color=color, mark="none"))
-        charts[label] = Lines(title=label, x="weight", y="density", lines=lines, fill=True)
+        charts.append(Lines(title=label, x="weight", y="density", lines=lines, fill=True))
     return charts
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_robustq.report import charts as draw
-from hf_robustq.report.chart import Bars, Cells, Chart, Lines, save_png
+from hf_robustq.report.chart import Chart, save_png
 from hf_robustq.report.plotly import options
 from hf_robustq.report.runs import Run
-from hf_robustq.sweep import Row, Sweep
+from hf_robustq.sweep import Sweep
 
 logger = logging.getLogger(__name__)
 
@@ -48,18 +48,18 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     layers = [draw.layers_over_training(run, key, head) for key, head in watched for run in runs]
     found.append(Section(title="Layers while training", charts=[one for one in layers if one]))
     for run in runs:
-        weights = list(draw.histograms(run).values())
-        found.append(Section(title=f"Histograms of weights: {run.name}", charts=weights, choose=True))
+        found.append(Section(title=f"Histograms of weights: {run.name}", charts=draw.histograms(run), choose=True))
     found.append(Section(title="Sensitivity of layers", charts=draw.sensitivity(runs)))
     found.append(Section(title="Bits of layers", charts=draw.bits(runs)))
     found.append(Section(title="Telemetry", charts=draw.telemetry(runs)))
     return [section for section in found if section.charts]
 
 
-def write_report(runs: Sequence[Run], folder: str | Path) -> list[Path]:
+def write_report(runs: Sequence[Run], folder: str | Path, pictures: bool = True) -> list[Path]:
     """Write `index.html`, which needs no network, and a PNG of each section's charts; returns what was written.
 
-    Without matplotlib there are no PNGs, which a warning says. Raises `ImportError` without Plotly (extra `report`).
+    Without `pictures` the page alone. Without matplotlib there are no PNGs, which a warning says. Raises `ImportError`
+    without Plotly (extra `report`).
     """
     from plotly.offline import get_plotlyjs
 
@@ -80,6 +80,8 @@ def write_report(runs: Sequence[Run], folder: str | Path) -> list[Path]:
     draft = folder / "index.html.tmp"
     draft.write_text(page, encoding="utf-8")
     draft.replace(written[0])
+    if not pictures:
+        return written
     try:
         for index, section in enumerate(found):
             name = re.sub(r"\W+", "_", section.title.lower()).strip("_")[:60]
@@ -118,10 +120,9 @@ def _section(index: int, section: Section) -> str:
 
 
 def _figure(index: int, number: int, chart: Chart) -> str:
-    kind = {Lines: "lines", Bars: "bars", Cells: "cells"}[type(chart)]
     note = f"<p>{html.escape(chart.note)}</p>" if chart.note else ""
     return (
-        f'<figure class="{kind}"><figcaption>{html.escape(chart.title)}</figcaption>{note}'
+        f"<figure><figcaption>{html.escape(chart.title)}</figcaption>{note}"
         f'<div class="chart" data-section="{index}" data-chart="{number}"></div></figure>'
     )
 
@@ -142,9 +143,11 @@ def facts_table(runs: Sequence[Run]) -> str:
 
 def flat(facts: dict[str, Any]) -> dict[str, Any]:
     """What is worth a line each of a run's facts; the config as JSON."""
-    kept = {key: value for key, value in facts.items() if key not in ("settings", "size", "config", "version")}
-    kept = {key: value for key, value in {**kept, **facts.get("settings", {})}.items() if value is not None}
-    return {**kept, **({"config": json.dumps(facts["config"])} if facts.get("config") else {})}
+    kept = {key: value for key, value in facts.items() if key not in ("settings", "versions", "size", "version")}
+    kept |= {**facts.get("settings", {}), **facts.get("versions", {})}
+    if "config" in kept:
+        kept["config"] = json.dumps(kept["config"])
+    return {key: value for key, value in kept.items() if value not in (None, [])}
 
 
 def figures_tables(runs: Sequence[Run]) -> str:
@@ -157,7 +160,7 @@ def _figures(dataset: str, runs: Sequence[Run]) -> str:
     final: dict[str, Sweep] = {run.name: one for run in runs for one in run.final if one.rows[0].dataset == dataset}
     metrics = list(dict.fromkeys(metric for one in final.values() for row in one.rows for metric in row.metrics))
     settings = list(dict.fromkeys(row.setting for one in final.values() for row in one.rows))
-    rows: dict[tuple[str, str], Row] = {(name, row.setting): row for name, one in final.items() for row in one.rows}
+    rows = {(name, row.setting): row for name, one in final.items() for row in one.rows}
     heads = [(name, metric) for name in final for metric in metrics]
     head = "".join(f"<th>{html.escape(name)}<br>{html.escape(metric)}</th>" for name, metric in heads)
     lines = []
@@ -167,16 +170,8 @@ def _figures(dataset: str, runs: Sequence[Run]) -> str:
             value = rows[name, setting].metrics.get(metric) if (name, setting) in rows else None
             cells.append("<td></td>" if value is None else f'<td data-value="{value!r}">{value:.4f}</td>')
         lines.append(f"<tr><th>{html.escape(draw.title(setting))}</th>{''.join(cells)}</tr>")
-    said = " ".join(f"{html.escape(name)}: {html.escape(measured_on(one))}" for name, one in final.items())
+    said = " ".join(f"{html.escape(name)}: {html.escape(one.origin)}" for name, one in final.items())
     return (
         f"<details open><summary>Figures on {html.escape(dataset)}</summary><p>{said}</p>"
         f'<div class="wide"><table class="figures"><tr><th></th>{head}</tr>{"".join(lines)}</table></div></details>'
     )
-
-
-def measured_on(sweep: Sweep) -> str:
-    """What the figures of a sweep are of, in a sentence."""
-    sets = {f"{row.samples} samples of {row.dataset} ({row.subset})" for row in sweep.rows}
-    calibration = sweep.context.get("calibration_samples")
-    trained = f" Activation steps come from {calibration} training samples." if calibration else ""
-    return f"measured on {', '.join(sorted(sets))}.{trained}"

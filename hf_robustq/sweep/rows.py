@@ -53,6 +53,14 @@ class Sweep:
     def value(self, setting: str, metric: str = "accuracy") -> float:
         return next(row for row in self.rows if row.setting == setting).metrics[metric]
 
+    @property
+    def origin(self) -> str:
+        """What its figures are of, in a sentence."""
+        sets = {f"{row.samples} samples of {row.dataset} ({row.subset})" for row in self.rows}
+        calibration = self.context.get("calibration_samples") if any(row.activations for row in self.rows) else None
+        steps = f" Activation steps come from {calibration} training samples." if calibration else ""
+        return f"Measured on {', '.join(sorted(sets))}.{steps}"
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -89,20 +97,27 @@ def load_measured(path: str | Path) -> dict[str, Sweep]:
     """The `rows.json` of `robustq sweep`, by model. Raises `ValueError` for anything else."""
     values = read_json(path)
     try:
-        found: dict[str, list[Row]] = {model: [] for model in values["models"]}
-        for row in values["rows"]:
-            metrics = {key: value for key, value in row.items() if key not in FACTS and value is not None}
-            known = {key: row[key] for key in ("setting", "weights", "activations", "samples", "subset")}
-            found[row["model"]].append(Row(**known, metrics=metrics, dataset=row["split"] or "eval"))
+        return measured_sweeps(values["rows"], values["sweep"])
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} holds no rows as this version writes them ({error}): measure again") from None
-    return {model: Sweep(rows=rows, context=values["sweep"]) for model, rows in found.items() if rows}
+
+
+def measured_sweeps(rows: Iterable[Mapping[str, Any]], context: Mapping[str, Any]) -> dict[str, Sweep]:
+    """The flat rows of `robustq sweep`, by model."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        metrics = {key: value for key, value in row.items() if key not in FACTS and value is not None}
+        known = {key: row[key] for key in ("setting", "weights", "activations", "samples", "subset")}
+        found.setdefault(row["model"], []).append(Row(**known, metrics=metrics, dataset=row["split"] or "eval"))
+    return {model: Sweep(rows=rows, context=dict(context)) for model, rows in found.items()}
 
 
 def read_json(path: str | Path) -> Any:
     """Raises `ValueError`, in one line, for a file that is no JSON, or of a later version of this package."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not there") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged, or no JSON: {error}") from None
     version = values.get("version", VERSION) if isinstance(values, dict) else 0

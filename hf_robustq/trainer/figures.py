@@ -18,10 +18,12 @@ def send_figures(trainer: Any, sweep: Sweep, metric: str) -> None:
     """Draw a sweep for every tracker that the Trainer has, at its step; nothing without matplotlib."""
     trackers = (TensorBoardCallback, WandbCallback, TrackioCallback)
     found = [one for one in trainer.callback_handler.callbacks if isinstance(one, trackers)]
+    if not found:
+        return
     dataset = sweep.rows[0].dataset
     drawn: dict[str, Chart | None] = {"bits": by_bits({dataset: sweep}, metric), "kurtosis": kurtosis(sweep)}
     for name, chart in drawn.items():
-        if chart is None or not found:
+        if chart is None:
             continue
         try:
             picture = figure(chart)

@@ -8,6 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ class BitWidthSweepCallback(TrainerCallback):
         if not self.sweeps and not self.trainer.is_in_train and self.file.exists():
             self.sweeps = load_sweeps(self.file)
         with self.plugin.averaged():
-            result = self.run(kwargs["eval_dataloader"], prefix)
+            result = replace(self.run(kwargs["eval_dataloader"], prefix), layers=self.plugin.telemetry())
         self.sweeps.append(result)
         if self.trainer.is_world_process_zero():
             save_sweeps(self.sweeps, self.file)
@@ -191,8 +192,7 @@ class BitWidthSweepCallback(TrainerCallback):
             if s.trained:
                 bits = plugin.trained_bits()
             rows.append(Row(setting=s.name, **bits, metrics=values, samples=samples, dataset=prefix, subset=subset))
-        state = trainer.state
-        return Sweep(rows=rows, epoch=state.epoch, step=state.global_step, context=context, layers=plugin.telemetry())
+        return Sweep(rows=rows, epoch=trainer.state.epoch, step=trainer.state.global_step, context=context)
 
     def _subset(self, dataloader: DataLoader) -> tuple[DataLoader, Iterator[tuple[Any, int]], str]:
         """(dataloader, its batches, words for the card) of at most `max_samples` samples."""
