@@ -61,15 +61,15 @@ def main() -> None:
     run = ImageRun(recipe, args)
     kure = {"kure": {"strength": recipe.kure_strength, "target": recipe.kure_target}}
     results: dict[str, Sweep] = {}
-    kurtosis = {}
+    kurtosis = []
     for variant in recipe.variants:
         config = {**quantizers(recipe), "regularizers": kure if variant == "with" else {}}
         trainer = run.fit(f"{variant}_kure", config, scale_lr=recipe.scale_lr)
         results[f"{variant}_kure"] = trainer.sweep_callback.sweeps[-1]
-        kurtosis[variant] = round(trainer.robustq.metrics()["kurtosis"], 2)
+        kurtosis.append(f"{variant} {trainer.robustq.metrics()['kurtosis']:.2f}")
     trained = f"{recipe.method} W{recipe.weight_bits}A{recipe.activation_bits}"
     facts = {"trained": trained, "first and last layer": recipe.first_last, "lambda": recipe.kure_strength}
-    run.report(results, {**facts, "target": recipe.kure_target, "mean kurtosis": kurtosis})
+    run.report(results, {**facts, "target": recipe.kure_target, "mean kurtosis": " / ".join(kurtosis)})
 
 
 if __name__ == "__main__":

@@ -30,12 +30,12 @@ def main() -> None:
     run = ImageRun(recipe, args)
     kure = {"kure": {"strength": recipe.kure_strength, "target": recipe.kure_target}}
     results: dict[str, Sweep] = {}
-    kurtosis = {}
+    kurtosis = []
     for variant in recipe.variants:
         trainer = run.fit(f"{variant}_kure", {"regularizers": kure if variant == "with" else {}})
         results[f"{variant}_kure"] = trainer.sweep_callback.sweeps[-1]
-        kurtosis[variant] = round(trainer.robustq.metrics()["kurtosis"], 2)
-    facts = {"lambda": recipe.kure_strength, "target": recipe.kure_target, "mean kurtosis": kurtosis}
+        kurtosis.append(f"{variant} {trainer.robustq.metrics()['kurtosis']:.2f}")
+    facts = {"lambda": recipe.kure_strength, "target": recipe.kure_target, "mean kurtosis": " / ".join(kurtosis)}
     run.report(results, facts)
 
 

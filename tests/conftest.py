@@ -3,8 +3,12 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.clock"]
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers share two cores; on tiny tensors threads only wait
+os.environ.setdefault("HF_ROBUSTQ_FUSED", "0")  # compiling a kernel takes seconds: test_fused.py switches it on
 
 
 @pytest.fixture(scope="session")

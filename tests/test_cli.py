@@ -126,7 +126,7 @@ def test_the_models_own_quantizers_and_going_on(folders, tmp_path, capsys):
         main([*command, "--settings", "w3"])
     file.write_bytes(before)
     (out / "rows.json").write_text("[]")
-    with pytest.raises(SystemExit, match="rows.json is no sweep's, or damaged"):
+    with pytest.raises(SystemExit, match="rows.json is no sweep's: name another --out"):
         main([*command, "--settings", "w3"])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
@@ -291,30 +291,28 @@ def test_every_method_is_listed_with_its_paper(capsys):
     assert all(name in printed for name in names) and "arXiv 1606.06160" in printed
 
 
-@pytest.mark.parametrize("named", ["kure_digits", "my.yaml"])
-def test_train_does_what_the_recipe_does(named, tmp_path):
-    """The same weights as the script, from the project's file and from one of the user's own."""
+def test_train_does_what_the_recipe_does(tmp_path, monkeypatch):
+    """The same weights from the project's file, from one of the user's own, and from the script by itself."""
+    monkeypatch.chdir(tmp_path)
     small = ["--model_name_or_path", "test_resnet", "--max_steps", "2", "--pretrain_epochs", "0", "--variants", "with"]
     small += ["--eval_strategy", "no", "--sweep", "fp", "w4"]
-    if named == "my.yaml":
-        given = yaml.safe_load((ROOT / "recipes" / "configs" / "kure_digits.yaml").read_text())
-        given |= {"model_name_or_path": "test_resnet", "max_steps": 2, "pretrain_epochs": 0.0, "variants": ["with"]}
-        given |= {"eval_strategy": "no", "sweep": ["fp", "w4"]}
-        (tmp_path / "my.yaml").write_text(yaml.safe_dump(given))
-    flags = small if named == "kure_digits" else []
-    commands = [
-        [sys.executable, "-m", "hf_robustq.cli", "train", named, *flags, "--output_dir", "train"],
-        [sys.executable, str(ROOT / "recipes" / "kure_resnet50.py"), *small, "--output_dir", "script"],
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    for command in commands:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-        assert done.returncode == 0, done.stderr
-        assert "%|" not in done.stderr  # no progress bars in a file
-    one, two = (load_file(tmp_path / name / "with_kure" / "model.safetensors") for name in ("train", "script"))
-    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    command = json.loads((tmp_path / "train" / "with_kure" / "robustq_run.json").read_text())["command"]
-    assert "kure_resnet50.py --preset" in command and command.endswith("--output_dir train")
+    given = yaml.safe_load((ROOT / "recipes" / "configs" / "kure_digits.yaml").read_text())
+    given |= {"model_name_or_path": "test_resnet", "max_steps": 2, "pretrain_epochs": 0.0, "variants": ["with"]}
+    given |= {"eval_strategy": "no", "sweep": ["fp", "w4"]}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(given))
+    script = [sys.executable, str(ROOT / "recipes" / "kure_resnet50.py"), *small, "--output_dir", "script"]
+    done = subprocess.run(script, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert "%|" not in done.stderr  # no progress bars in a file
+    for argv in (["kure_digits", *small, "--output_dir", "named"], ["my.yaml", "--output_dir", "own"]):
+        monkeypatch.setattr(sys, "argv", [])
+        main(["train", *argv])
+    folders = [tmp_path / name / "with_kure" for name in ("script", "named", "own")]
+    one, *others = (load_file(folder / "model.safetensors") for folder in folders)
+    for two in others:
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    command = json.loads((folders[1] / "robustq_run.json").read_text())["command"]
+    assert "kure_resnet50.py --preset" in command and command.endswith("--output_dir named")
 
 
 @pytest.mark.parametrize(
@@ -355,15 +353,22 @@ def test_report_writes_where_it_is_told(tmp_path, capsys):
 
 
 def test_help_has_examples_and_imports_nothing_of_other_commands():
-    script = (
-        "import sys; from hf_robustq.cli import main\ntry: main({0})\nexcept SystemExit as e: print('status', e.code)\n"
-    )
-    script += "print([name for name in sys.modules if name.startswith('hf_robustq.cli.')])"
-    for argv, commands in ((["--help"], []), (["report", "--help"], ["report"]), (["nothing"], []), ([], [])):
-        code = script.format(argv)
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-        *_, status, modules = done.stdout.splitlines()
-        assert status == ("status 0" if "--help" in argv else "status 2"), done.stderr
-        assert modules == str(["hf_robustq.cli.main", *(f"hf_robustq.cli.{name}" for name in commands)])
-        if commands:
-            assert "robustq report outputs/kure sweeps/kure analysis.json --out report" in done.stdout
+    cases = [["--help"], ["nothing"], [], ["report", "--help"]]
+    script = f"""if True:
+        import contextlib, io, json, sys
+        from hf_robustq.cli import main
+        for argv in {cases}:
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                try:
+                    main(argv)
+                except SystemExit as error:
+                    status = error.code
+            modules = [name.rpartition(".")[2] for name in sys.modules if name.startswith("hf_robustq.cli.")]
+            print(json.dumps([status, modules, out.getvalue()]))
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [status for status, _, _ in found] == [0, 2, 2, 0], done.stderr
+    assert [modules for _, modules, _ in found] == [["main"]] * 3 + [["main", "report"]]
+    assert "robustq report outputs/kure sweeps/kure analysis.json --out report" in found[3][2]

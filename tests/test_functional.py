@@ -6,7 +6,6 @@ from hf_robustq.functional import (
     CACHED,
     central_moments,
     fake_quantize,
-    fused,
     kurtosis,
     memory_order,
 )
@@ -87,36 +86,3 @@ def test_memory_order_flattens_channels_last_without_a_copy():
     flat = x.permute(memory_order(x)).reshape(-1)
     assert flat.data_ptr() == x.data_ptr()
     assert memory_order(torch.randn(8, 6, 3, 3)) == [0, 1, 2, 3]
-
-
-def test_without_a_compiler_the_eager_function_is_used(monkeypatch, caplog):
-    def refuse(*args, **kwargs):
-        def call(*inner):
-            raise torch._dynamo.exc.TorchDynamoException("no C++ compiler")
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", refuse)
-    double = fused(lambda x: 2 * x)
-    x = torch.ones(CACHED)
-    assert double(x).sum() == 2 * CACHED
-    assert double(x).sum() == 2 * CACHED
-    assert len(caplog.records) == 1 and "no C++ compiler" in caplog.text
-
-
-def divide(x, scale):
-    return x / scale
-
-
-def test_one_variant_serves_every_shape_and_every_view(caplog):
-    """Weights may be views of flat buffers, steps views of anything: none costs a compilation, none gives it up.
-
-    Warnings are errors here: one raised while compiling shows as a kernel given up.
-    """
-    kernel = fused(divide, smallest=1)
-    base = torch.randn(12, 20, requires_grad=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for x in (base[:8], base.view(24, 10), (2 * base).view(5, 48), torch.randn(7, 9), base):
-            scale = 0.1 + torch.rand(x.shape[0] * x.shape[1], requires_grad=True)[: x.shape[0]].reshape(-1, 1)
-            torch.testing.assert_close(kernel(x, scale), (x / scale).detach())
-    assert "No fused kernel" not in caplog.text

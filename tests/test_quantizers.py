@@ -1,7 +1,6 @@
 """Each learned quantizer against its definition, written out element by element in float64."""
 
 import math
-import os
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 
 from hf_robustq import Grid, RobustQ, Sample
 from hf_robustq.functional import Noise, fake_quantize, normal
-from hf_robustq.functional import quantize as kernels
 from hf_robustq.quantizers import LSQ, DoReFa, LSQPlus, NoiseTempered
 from hf_robustq.stage import Moment
 
@@ -83,36 +81,6 @@ def test_values_and_gradients_are_those_of_the_slow_definition(offset, axis, mem
         assert float(s.grad[c]) == pytest.approx(slow[2], rel=1e-9, abs=1e-12)
         if b is not None:
             assert float(b.grad[c]) == pytest.approx(slow[3], rel=1e-9, abs=1e-12)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("axis", [None, 0])
-@pytest.mark.parametrize("noise", [False, True])
-def test_the_compiled_kernels_give_what_the_eager_ones_give(monkeypatch, caplog, dtype, axis, noise):
-    slow = kernels._forward.__wrapped__, kernels._backward.__wrapped__
-    fast = kernels._forward, kernels._backward
-    x = torch.randn(40, 3000).to(dtype)
-    grad = torch.randn(40, 3000).to(dtype)
-    s = torch.rand(40 if axis == 0 else 1) + 0.1
-    bounds, extra = (torch.tensor(-8.0), torch.tensor(7.0)), {}
-    if noise:
-        extra = {"noise": Noise(torch.tensor(0.3), torch.tensor(5.0), torch.tensor(12345678901234))}
-    found = []
-    for forward, backward in (fast, slow):
-        monkeypatch.setattr(kernels, "_forward", forward)
-        monkeypatch.setattr(kernels, "_backward", backward)
-        given = [x.clone().requires_grad_(), s.clone().requires_grad_()]
-        y = fake_quantize(*given, *bounds, axis=axis, count=100, **extra)
-        y.backward(grad)
-        found.append((y.detach(), *(t.grad for t in given)))
-    if os.environ.get("HF_ROBUSTQ_FUSED") != "0":
-        for kernel in fast:
-            assert any(dtype in key for key in kernel.compiled) and "No fused kernel" not in caplog.text
-    assert found[0][0].dtype == dtype
-    for one, other in zip(*found, strict=True):  # a sum in another order; the noise has other logarithms and cosines
-        torch.testing.assert_close(one, other, rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-3)
-    if not noise:
-        assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
 
 
 def test_half_precision_is_computed_in_float32_and_the_autocast_dtype_comes_out():

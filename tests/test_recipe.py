@@ -1,6 +1,6 @@
 import json
-import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -183,32 +183,51 @@ def test_the_noise_recipes_flags_reach_the_quantizers():
     assert config.weights.method == config.activations.method == "lsq" and config.activations.bits == 4
 
 
-def run(*arguments, cwd, recipe="kure_resnet50"):
-    command = [sys.executable, str(ROOT / "recipes" / f"{recipe}.py"), "--report_to", "none", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
+@pytest.fixture
+def run(monkeypatch, tmp_path, capfd):
+    """run(flags, recipe): the script of a recipe, as `python recipes/<recipe>.py` runs it, in the test's folder.
+
+    In this process, which has imported everything: what it printed, and how it ended.
+    """
+    monkeypatch.chdir(tmp_path)
+
+    def script(*arguments, recipe="kure_resnet50"):
+        monkeypatch.setattr(sys, "argv", [f"recipes/{recipe}.py", "--report_to", "none", *arguments])
+        capfd.readouterr()
+        ended = None
+        try:
+            runpy.run_path(str(ROOT / "recipes" / f"{recipe}.py"), run_name="__main__")
+        except SystemExit as error:  # of which Python prints the message, and ends with status 1
+            ended = error.code
+        return subprocess.CompletedProcess(arguments, 1 if ended else 0, capfd.readouterr().out, str(ended))
+
+    return script
 
 
-def test_the_recipe_end_to_end_on_a_tiny_net(tmp_path):
-    small = ["--model_name_or_path", "test_resnet", "--max_steps", "3", "--eval_strategy", "no", "--output_dir", "out"]
-    done = run(
-        *small, "--eval_strategy", "steps", "--eval_steps", "3", "--sweep", "fp", "w4", "w2", "w4a4", cwd=tmp_path
-    )
+@pytest.mark.parametrize("bars", [False, True])
+def test_the_recipe_end_to_end_on_a_tiny_net(run, tmp_path, bars):
+    small = ["--model_name_or_path", "test_resnet", "--max_steps", "3", "--output_dir", "out"]
+    small += ["--disable_tqdm", str(not bars)]
+    done = run(*small, "--eval_strategy", "steps", "--eval_steps", "3", "--sweep", "fp", "w4", "w2", "w4a4")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line for line in done.stdout.splitlines() if line.startswith(("| without", "| with"))]
     assert len(rows) == 2 and all(len(re.findall(r"\d+\.\d\d", row)) == 4 for row in rows)
+    assert "{'" not in done.stdout and re.search(r"without_kure, epoch 0.13, eval_worst [\d.]+, eval_rob", done.stdout)
+    swept = [line for line in done.stdout.splitlines() if line.startswith("| accuracy |")]
+    assert [re.findall(r"\d+\.\d\d", line) for line in swept] == [re.findall(r"\d+\.\d\d", row) for row in rows]
     last = done.stdout.strip().splitlines()[-1]
-    for name in ("robustness.png", "results.md", "with_kure/README.md", "without_kure/model.safetensors"):
+    for name in ("robustness.png", "results.md", "with_kure", "without_kure", "report/index.html"):
+        assert (tmp_path / "out" / name).exists() and f"out/{name}" in last
+    for name in ("with_kure/README.md", "without_kure/model.safetensors"):
         assert (tmp_path / "out" / name).exists()
-    assert "out/robustness.png" in last and "out/with_kure" in last
-    refused = run(*small, cwd=tmp_path)
-    assert refused.returncode == 1 and refused.stderr.strip().splitlines()[-1].startswith("error: out is not empty")
-    assert "Traceback" not in refused.stderr
+    assert "without_kure" in (tmp_path / "out" / "report" / "index.html").read_text()
+    refused = run(*small)
+    assert refused.returncode == 1 and refused.stderr.startswith("error: out is not empty")
 
 
-def test_the_noise_recipe_end_to_end_on_a_tiny_net(tmp_path):
+def test_the_noise_recipe_end_to_end_on_a_tiny_net(run, tmp_path):
     small = ["--model_name_or_path", "test_resnet", "--max_steps", "3", "--eval_strategy", "no", "--output_dir", "out"]
-    done = run(*small, "--pretrain_epochs", "1", cwd=tmp_path, recipe="noise_lsq_resnet")
+    done = run(*small, "--pretrain_epochs", "1", recipe="noise_lsq_resnet")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line for line in done.stdout.splitlines() if line.startswith(("| lsq", "| noise"))]
     assert len(rows) == 2 and all(len(re.findall(r"\d+\.\d\d", row)) == 2 for row in rows)
@@ -217,12 +236,12 @@ def test_the_noise_recipe_end_to_end_on_a_tiny_net(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["dorefa", "noise"])
-def test_the_recipe_of_training_with_quantizers_end_to_end_on_a_tiny_net(tmp_path, method):
+def test_the_recipe_of_training_with_quantizers_end_to_end_on_a_tiny_net(run, tmp_path, method):
     small = ["--model_name_or_path", "test_resnet", "--max_steps", "3", "--eval_strategy", "no", "--output_dir", "out"]
     flags = ["--method", method, "--activation_bits", "6", "--sweep_weight_bits", "8", "3"]
-    done = run(*small, *flags, "--pretrain_epochs", "1", cwd=tmp_path, recipe="kure_qat")
+    done = run(*small, *flags, "--pretrain_epochs", "1", recipe="kure_qat")
     assert done.returncode == 0, done.stderr[-3000:]
-    head, *rows = [line for line in done.stdout.splitlines() if line.startswith(("| with", "|  |"))]
+    head, _, *rows = done.stdout.partition("Settings:")[0].strip().split("\n\n")[-1].splitlines()
     learned, others = ["trained", "W8/A6 learned", "W3/A6 learned"], ["W8/A6", "W3/A6"]
     columns = [column.strip() for column in head.split("|")[2:-1]]
     assert columns == (["FP", *learned, *others] if method == "noise" else learned)
@@ -270,11 +289,11 @@ def test_symreg_presets_are_the_papers(preset, tmp_path):
     assert rates[middle] == pytest.approx((rate + eta_min) / 2, rel=0.01)
 
 
-def test_the_symreg_recipe_and_its_second_stage_end_to_end_on_a_tiny_net(tmp_path):
+def test_the_symreg_recipe_and_its_second_stage_end_to_end_on_a_tiny_net(run, tmp_path):
     """Four variants from scratch, the last with SatNL; then quantizers from its folder, whose network it starts as."""
     small = ["--model_name_or_path", "test_resnet", "--max_steps", "3", "--eval_strategy", "no", "--output_dir", "out"]
     flags = ["--variants", *symreg_satnl.VARIANTS, "--sweep", "fp", "w4"]
-    done = run(*small, *flags, cwd=tmp_path, recipe="symreg_satnl")
+    done = run(*small, *flags, recipe="symreg_satnl")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line for line in done.stdout.splitlines() if line.startswith(("| base", "| ours", "| kure"))]
     assert len(rows) == 4 and all(len(re.findall(r"\d+\.\d\d", row)) == 2 for row in rows)
@@ -292,7 +311,7 @@ def test_the_symreg_recipe_and_its_second_stage_end_to_end_on_a_tiny_net(tmp_pat
     ]
     second += ["--weight_bits", "8", "--satnl_invert", "true", "--variants", "ours", "--learning_rate", "0"]
     second += ["--warmup_epochs", "0", "--ema_decay", "0", "--sweep", "fp", "trained", "w4", "w4@learned"]
-    done = run(*second, cwd=tmp_path, recipe="symreg_satnl")
+    done = run(*second, recipe="symreg_satnl")
     assert done.returncode == 0, done.stderr[-3000:]
     files = [tmp_path / folder / "robustq_sweep.json" for folder in ("out/ours_kure", "qat/ours")]
     last = [json.loads(file.read_text())["sweeps"][-1]["rows"] for file in files]
@@ -341,12 +360,12 @@ def test_waveq_from_scratch_differs_by_the_sine_only(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["absmax", "dorefa"])
-def test_the_waveq_recipe_end_to_end_on_a_tiny_net(tmp_path, method):
+def test_the_waveq_recipe_end_to_end_on_a_tiny_net(run, tmp_path, method):
     small = ["--model_name_or_path", "test_resnet", "--max_steps", "12", "--output_dir", "out"]
     small += ["--eval_strategy", "steps", "--eval_steps", "12"]
     flags = ["--variants", "without", "with", "--sweep", "fp", "trained", "--method", method, "--pretrain_epochs", "0"]
     flags += ["--budget_bits", "0", "--budget_megabytes", "0.25", "--weight_bits", "3"]
-    done = run(*small, *flags, cwd=tmp_path, recipe="waveq_vision")
+    done = run(*small, *flags, recipe="waveq_vision")
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [line for line in done.stdout.splitlines() if line.startswith(("| without", "| with"))]
     assert len(rows) == 2 and all(len(re.findall(r"\d+\.\d\d", row)) == 2 for row in rows)
@@ -356,25 +375,26 @@ def test_the_waveq_recipe_end_to_end_on_a_tiny_net(tmp_path, method):
     card = (tmp_path / "out" / "with" / "README.md").read_text()
     assert "## Size, as it was trained" in card and f"| {sizes[1]} of 1.503 in float" in card
     assert f"| {method}, " in card and "- learning_rate of bits: 0.5" in card
-    logged = re.findall(r"'eval_bits/([^']+)': '?([0-9.]+)", done.stdout)
+    logs = json.loads((tmp_path / "out" / "with" / "trainer_state.json").read_text())["log_history"]
+    logged = [(key, bits) for log in logs for key, bits in log.items() if key.startswith("eval_bits/")]
     found = re.search(r"in the mean: (.*)", done.stdout).group(1)
-    assert logged and all(f"{name} {float(bits):g}" in found for name, bits in logged)
+    assert logged and all(f"{name.removeprefix('eval_bits/')} {bits:g}" in found for name, bits in logged)
     assert (tmp_path / "out" / "with" / "robustq_bits.png").exists()
     sweep = json.loads((tmp_path / "out" / "with" / "robustq_sweep.json").read_text())["sweeps"][-1]["rows"]
     mean = float(re.search(r"bit-widths are fixed, ([0-9.]+) in the mean", done.stdout).group(1))
     assert {row["setting"]: row["weights"] for row in sweep}["trained"] == pytest.approx(mean, abs=0.006)
 
 
-def test_the_parsers_recipe_end_to_end_on_generated_sentences(tmp_path):
+def test_the_parsers_recipe_end_to_end_on_generated_sentences(run, tmp_path):
     """WaveQ first, whose bits the others take; a run of its own has those of `--weight_bits`."""
     small = ["--pretrain_epochs", "0.3", "--max_steps", "12", "--eval_strategy", "steps", "--eval_steps", "6"]
     small += ["--sweep", "fp", "trained", "w8a8", "--output_dir", "out", "--save_strategy", "no"]
-    done = run(*small, "--variants", "lsq", "qat", "waveq", "afterwards", cwd=tmp_path, recipe="waveq_camembert")
+    done = run(*small, "--variants", "lsq", "qat", "waveq", "afterwards", recipe="waveq_camembert")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "A smoke run on generated sentences" in done.stdout
     for metric in ("LAS", "UPOS"):
         text = done.stdout.split(f"{metric}:\n")[1]
-        rows = dict(re.findall(r"^\| (\w+) \|(.*)\|$", text.split("\n\n")[0], re.MULTILINE))
+        rows = dict(re.findall(r"^\| (\w+) +\|(.*)\|$", text.split("\n\n")[0], re.MULTILINE))
         figures = {name: len(re.findall(r"\d+\.\d\d", row)) for name, row in rows.items()}
         assert figures == {"float": 1, "finetuned": 2, "waveq": 3, "afterwards": 3, "qat": 3, "lsq": 3}
     fixed = re.search(r"bit-widths are fixed, [0-9.]+ in the mean: (.*)", done.stdout).group(1)
@@ -390,7 +410,7 @@ def test_the_parsers_recipe_end_to_end_on_generated_sentences(tmp_path):
     }
 
 
-def test_the_parsers_recipe_says_what_is_wrong_and_goes_on_from_a_folder(tmp_path):
+def test_the_parsers_recipe_says_what_is_wrong_and_goes_on_from_a_folder(run, tmp_path):
     from hf_robustq.parsing.grammar import generated_treebank
 
     line = "{}\t{}\t_\t{}\t_\t_\t{}\t{}\t_\t_"
@@ -402,16 +422,16 @@ def test_the_parsers_recipe_says_what_is_wrong_and_goes_on_from_a_folder(tmp_pat
             (tmp_path / name / f"x-ud-{split}.conllu").write_text(text)
     small = ["--max_steps", "4", "--eval_strategy", "no", "--sweep", "fp", "w8", "--variants", "kure"]
     first = ["--preset", "scratch", "--pretrain_epochs", "0", "--dataset_name", "one", "two", "--output_dir", "both"]
-    done = run(*first, *small, cwd=tmp_path, recipe="waveq_camembert")
+    done = run(*first, *small, recipe="waveq_camembert")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {"kure on one", "kure on two"} == {*re.findall(r"^\| (kure on \w+) \|", done.stdout, re.MULTILINE)}
+    assert {"kure on one", "kure on two"} == {*re.findall(r"^\| (kure on \w+) +\|", done.stdout, re.MULTILINE)}
     again = ["--preset", "scratch", "--pretrain_epochs", "0", "--dataset_name", "one", "--output_dir", "again"]
     again += ["--model_name_or_path", "both/kure"]
-    done = run(*again, *small, cwd=tmp_path, recipe="waveq_camembert")
+    done = run(*again, *small, recipe="waveq_camembert")
     assert done.returncode == 0 and "Weights: both/kure" in done.stdout, done.stderr[-3000:]
     file = tmp_path / "one" / "x-ud-train.conllu"
     file.write_text(file.read_text().replace("\t0\troot", "\t1\troot", 1))
-    done = run(*first, *small, "--overwrite", cwd=tmp_path, recipe="waveq_camembert")
+    done = run(*first, *small, "--overwrite", recipe="waveq_camembert")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.match(r"error: one/x-ud-train.conllu:\d+: ", done.stderr.strip().splitlines()[-1])
 
@@ -434,7 +454,7 @@ def picture_folder(folder, size, rows=12):
 
 
 @pytest.mark.parametrize("size", [32, 96])
-def test_the_recipe_on_a_folder_with_given_weights_interrupted_and_resumed(tmp_path, size):
+def test_the_recipe_on_a_folder_with_given_weights_interrupted_and_resumed(run, tmp_path, size):
     """Small images held in memory, larger ones decoded on access; two epochs at once, or one and then the other."""
     from safetensors.torch import load_file, save_file
 
@@ -444,7 +464,7 @@ def test_the_recipe_on_a_folder_with_given_weights_interrupted_and_resumed(tmp_p
     common = ["--model_name_or_path", "test_resnet", "--weights", str(tmp_path / "given.safetensors")]
     common += ["--dataset_name", data, "--image_size", str(size), "--variants", "with", "--sweep", "fp", "w4"]
     common += ["--per_device_train_batch_size", "4", "--disable_tqdm", "true", "--save_total_limit", "9"]
-    whole = run(*common, "--num_train_epochs", "2", "--output_dir", "whole", cwd=tmp_path)
+    whole = run(*common, "--num_train_epochs", "2", "--output_dir", "whole")
     assert whole.returncode == 0, whole.stderr[-3000:]
     assert f"Preset: finetune. Weights: {tmp_path / 'given.safetensors'}" in whole.stdout
     import shutil
@@ -453,7 +473,7 @@ def test_the_recipe_on_a_folder_with_given_weights_interrupted_and_resumed(tmp_p
         tmp_path / "whole" / "with_kure" / "checkpoint-3", tmp_path / "parts" / "with_kure" / "checkpoint-3"
     )
     shutil.copy(tmp_path / "whole" / "with_kure" / "robustq_sweep.json", tmp_path / "parts" / "with_kure")
-    resumed = run(*common, "--num_train_epochs", "2", "--output_dir", "parts", "--resume", cwd=tmp_path)
+    resumed = run(*common, "--num_train_epochs", "2", "--output_dir", "parts", "--resume")
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     ends = [load_file(tmp_path / name / "with_kure" / "model.safetensors") for name in ("whole", "parts")]
     differ = [key for key in ends[0] if not (ends[0][key] == ends[1][key]).all()]
@@ -462,11 +482,9 @@ def test_the_recipe_on_a_folder_with_given_weights_interrupted_and_resumed(tmp_p
     assert sweeps[0] == sweeps[1]
 
 
-def test_wrong_data_is_one_line(tmp_path):
+def test_wrong_data_is_one_line(run, tmp_path):
     data = picture_folder(tmp_path / "pictures", 32)
-    done = run(
-        "--model_name_or_path", "test_resnet", "--dataset_name", data, "--label_column_name", "coarse", cwd=tmp_path
-    )
+    done = run("--model_name_or_path", "test_resnet", "--dataset_name", data, "--label_column_name", "coarse")
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and last.startswith("error: --label_column_name coarse") and "fine (ClassLabel)" in last
 

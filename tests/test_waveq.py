@@ -482,7 +482,9 @@ def test_other_bits_in_the_middle_of_learning_keep_the_range():
 
 
 def test_a_compiled_layer_is_compiled_once_for_all_bits():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     models = []
     for beta in range(1, 7):

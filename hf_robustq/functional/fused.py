@@ -36,17 +36,18 @@ def fused(eager: Callable[..., Any], smallest: int = CACHED) -> Callable[..., An
     """Compile `eager` once, for any length, and use it for tensors of `smallest` elements or more.
 
     The first argument decides. Small tensors, a tracing compiler, and machines without a working
-    compiler (noticed once, logged) use `eager` itself. `HF_ROBUSTQ_FUSED=0` switches compilation off.
+    compiler (noticed once, logged) use `eager` itself; so does everything while the environment says
+    `HF_ROBUSTQ_FUSED=0`.
     A compiled kernel is not differentiated, and is given views stripped of their bases, by which the compiler
     would tell apart shapes that are the same to it.
     """
     compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
-    broken = os.environ.get("HF_ROBUSTQ_FUSED", "1") == "0"
+    broken = False
 
     @functools.wraps(eager)
     def call(x: Tensor, *rest: Any) -> Any:
         nonlocal broken
-        if broken or x.numel() < smallest or torch.compiler.is_compiling():
+        if broken or x.numel() < smallest or torch.compiler.is_compiling() or os.environ.get("HF_ROBUSTQ_FUSED") == "0":
             return eager(x, *rest)
         key = (x.dim(), *(one.dtype if isinstance(one, Tensor) else one.__class__ for one in (x, *rest)))
         if key not in compiled:  # a code object of its own: torch bounds the variants compiled of one

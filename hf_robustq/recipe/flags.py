@@ -80,6 +80,10 @@ def no_bars_without_a_terminal() -> None:
     if not sys.stderr.isatty():
         disable_progress_bar()
         disable_progress_bars()
+        if importlib.util.find_spec("datasets"):
+            import datasets
+
+            datasets.disable_progress_bars()
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

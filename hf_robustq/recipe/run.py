@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import TrainingArguments, set_seed
 
@@ -16,7 +17,7 @@ from hf_robustq.config import RobustQConfig
 from hf_robustq.plugin import RobustQ
 from hf_robustq.plugin.mark import PLUGIN
 from hf_robustq.recipe.flags import last_checkpoint, open_output
-from hf_robustq.report import save_png
+from hf_robustq.report import read, save_png, write_report
 from hf_robustq.report.charts import by_bits
 from hf_robustq.sweep import DEFAULT_SETTINGS, Sweep
 
@@ -64,7 +65,7 @@ class Run:
         if PLUGIN in vars(self.model):  # a folder of ours: its weights in float, to be staged as this run says
             RobustQ.of(self.model).detach()
         if args.process_index == 0:
-            print(f"Preset: {recipe.preset}. Weights: {source}")
+            print(f"Preset: {recipe.preset}. Weights: {source}{threads_unused(args)}")
         self.pretrained = self._pretrain() if recipe.pretrain_epochs else None
 
     def task(self) -> str:
@@ -107,6 +108,7 @@ class Run:
         **options: Any,
     ) -> Any:
         from hf_robustq.trainer import RobustTrainer
+        from hf_robustq.trainer.progress import show_progress
 
         args = copy.deepcopy(self.args)
         if args.push_to_hub:  # each into a repo of its own
@@ -122,6 +124,7 @@ class Run:
             robustq=RobustQConfig.from_dict({"seed": args.seed, **config}),
             **{**self.options(), **options},
         )
+        show_progress(trainer, name, self.metrics)
         if train:
             trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) if self.recipe.resume else None)
             trainer.save_model(_internal_call=True)  # not pushed yet: below it is, with the card
@@ -145,6 +148,14 @@ class Run:
             print(report(results, self.metrics, str(args.output_dir), facts))
 
 
+def threads_unused(args: TrainingArguments) -> str:
+    """What to say of cores that a single process on a CPU leaves idle: `accelerate launch` gives it one thread."""
+    cores, threads = psutil.cpu_count(logical=False) or 1, torch.get_num_threads()
+    if args.device.type != "cpu" or args.world_size > 1 or threads >= cores:
+        return ""
+    return f"\nRuns on {threads} of {cores} cores: accelerate launch --num_cpu_threads_per_process {cores} uses all"
+
+
 def fast_bf16() -> bool:
     """Whether bfloat16 is faster than float32 here: a GPU that has it, or a CPU with instructions for it."""
     if torch.cuda.is_available():
@@ -156,21 +167,28 @@ def fast_bf16() -> bool:
 def report(
     results: Mapping[str, Sweep], metrics: Sequence[str], folder: str | Path, settings: Mapping[str, Any]
 ) -> str:
-    """A table for each metric and one PNG of all variants; returns the text to print, whose last line says where."""
+    """A table for each metric, one PNG and one page of all variants; returns the text to print.
+
+    Its last line says where everything is. The page is `robustq report`'s, without its pictures.
+    """
     folder = Path(folder)
-    chart = by_bits(dict(results), metrics[0])
+    chart = by_bits(results, metrics[0])
     try:
         curves = f"{folder}/robustness.png" if chart else "no curves of one setting"
         if chart:
             save_png(chart, folder / "robustness.png")
     except ImportError:
         curves = "no plot without matplotlib (pip install 'hf_robustq[report]')"
-    tables = [table(results, metric) for metric in metrics]
+    try:
+        (page,) = write_report(read([folder]), folder / "report", pictures=False)
+    except ImportError:
+        page = "none without Plotly (pip install 'hf_robustq[report]')"
+    tables = [table(results, metric, aligned=True) for metric in metrics]
     if len(metrics) > 1:
         tables = [f"{metric.upper()}:\n\n{text}" for metric, text in zip(metrics, tables, strict=True)]
     text = "\n\n".join(tables)
     facts = ", ".join(f"{key} {value}" for key, value in settings.items())
     (folder / "results.md").write_text(f"{text}\n\n{facts}\n", encoding="utf-8")
     places = ", ".join(str(folder / name) for name in results)
-    where = f"Table and curves: {folder}/results.md, {curves}; models: {places}"
+    where = f"Table and curves: {folder}/results.md, {curves}; models: {places}; report: {page}"
     return f"\n{text}\n\nSettings: {facts}\n{where}"

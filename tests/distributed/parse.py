@@ -1,13 +1,7 @@
-"""A parser of random weights swept; run by `accelerate launch`: writes what it logs to OUT/metrics.json.
-
-accelerate launch --config_file <config> tests/distributed/parse.py OUT
-"""
+"""A parser of random weights swept; run by `serve.py`: writes what it logs to OUT/metrics.json."""
 
 import json
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 from transformers import CamembertConfig, TrainingArguments
@@ -27,7 +21,8 @@ from hf_robustq.parsing import (
 from hf_robustq.parsing.grammar import generated_treebank
 
 
-def main(out):
+def main(arguments):
+    out = Path(arguments[0])
     bank = generated_treebank(8, 21, 1)  # of sentences, the last batch is uneven
     labels = Labels.of([bank["train"]], [bank["dev"]])
     tokenizer = train_tokenizer(bank["train"]["words"], 100)
@@ -62,7 +57,3 @@ def main(out):
         kept = {key: value for key, value in metrics.items() if key.endswith(("upos", "uas", "las"))}
         samples = [row.samples for row in trainer.sweep_callback.sweeps[-1].rows]
         (out / "metrics.json").write_text(json.dumps({**kept, "samples": samples}))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

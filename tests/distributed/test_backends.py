@@ -1,4 +1,7 @@
-"""Every backend against one process: `accelerate launch`, the real Trainer, two gloo processes."""
+"""Every backend against one process: `accelerate launch`, the real Trainer, two gloo processes.
+
+A backend is launched once. Each of its runs is a fork of the launched processes, made when the first test wants it.
+"""
 
 import importlib.util
 import json
@@ -10,26 +13,43 @@ from transformers import AutoModelForCausalLM
 
 import hf_robustq  # noqa: F401 (registers its method with transformers)
 from hf_robustq.functional import SMALLEST
-from tests.distributed.launch import SCRIPT, Run, launch
+from tests import clock
+from tests.distributed.launch import Launch, Run, close
 from tests.distributed.train import SETTINGS
 from tests.zoo import llama, tokens
 
 SHARDED = ("fsdp2", "zero3")
+FIVE = ("--save", "--optim", "sgd", "--collectives")
 BACKENDS = ("multi_cpu", "fsdp2", "zero1", "zero2", "zero3")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def launched(tmp_path_factory):
+    """launched(config): the processes of a backend."""
+    made = {}
+
+    def of(config):
+        if config.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("deepspeed is not installed")
+        if config not in made:
+            with clock.shared():
+                made[config] = Launch(tmp_path_factory.mktemp(config), config)
+        return made[config]
+
+    yield of
+    close(list(made.values()))
+
+
+@pytest.fixture(scope="module")
+def run(launched, tmp_path_factory):
     """run(config, *arguments): the run of `train.py`, made once."""
     made = {}
 
-    def of(config, *arguments, **options):
-        key = (config, *arguments, *options.items())
-        if config.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-            pytest.skip("deepspeed is not installed")
+    def of(config, *arguments, lean=False):
+        key = (config, *arguments, lean)
         if key not in made:
             out = tmp_path_factory.mktemp(config)
-            launch(out, config, *arguments, **options)
+            launched(config).run("tests.distributed.train", out, *arguments, lean=lean)
             made[key] = Run(out)
         return made[key]
 
@@ -67,7 +87,7 @@ def same_rows(one, other):
 
 @pytest.mark.parametrize("config", BACKENDS)
 def test_five_steps_and_the_sweep_equal_one_process(run, config):
-    one, two = run("single_gpu", "--save", "--optim", "sgd"), run(config, "--save", "--optim", "sgd")
+    one, two = run("single_gpu", *FIVE), run(config, *FIVE)
     assert any(name.endswith("activation_stages.quantizer.scale") for name in one.state)
     same_weights(one, two)
     same_rows(one, two)
@@ -76,7 +96,7 @@ def test_five_steps_and_the_sweep_equal_one_process(run, config):
 @pytest.mark.parametrize("config", SHARDED)
 def test_models_that_no_rank_holds_whole(run, saved, config):
     """`zero.Init`, and FSDP2's `cpu_ram_efficient_loading`; the script empties the other ranks."""
-    one, two = run("single_gpu", "--save", "--optim", "sgd"), run(config, "--model", saved, lean=config == "fsdp2")
+    one, two = run("single_gpu", *FIVE), run(config, "--model", saved, lean=config == "fsdp2")
     same_weights(one, two)
     same_rows(one, two)
 
@@ -206,13 +226,13 @@ def test_a_joint_search_takes_the_same_way_on_every_rank(run):
 
 @pytest.mark.parametrize("config", BACKENDS)
 def test_every_quantizer_tensor_is_equal_across_ranks(run, config):
-    one, *others = (rank["checksum"] for rank in run(config, "--save", "--optim", "sgd").ranks)
+    one, *others = (rank["checksum"] for rank in run(config, *FIVE).ranks)
     assert others == [one]
 
 
 @pytest.mark.parametrize("config", ["multi_cpu", *SHARDED])
 def test_a_training_step_has_no_collective_more_than_the_float_run(run, config):
-    ours, plain = run(config, "--save", "--optim", "sgd"), run(config, "--plain")
+    ours, plain = run(config, *FIVE), run(config, "--plain", "--collectives")
     own, floats = ours.ranks[0]["collectives"], plain.ranks[0]["collectives"]
     assert floats and own.keys() == floats.keys()
     if config == "zero3":  # parameters that it lets persist may be at hand already
@@ -235,10 +255,10 @@ def test_what_is_recomputed_comes_from_parameters_gathered_anew(run, config):
             assert two["kept"] > one["kept"] + quantized and three["kept"] < 1.15 * one["kept"]
 
 
-def test_trees_of_sentences_of_any_length_are_gathered_as_on_one_process(tmp_path):
+def test_trees_of_sentences_of_any_length_are_gathered_as_on_one_process(launched, tmp_path):
     found = []
     for config in ("single_gpu", "multi_cpu"):
-        launch(tmp_path / config, config, script=SCRIPT.with_name("parse.py"))
+        launched(config).run("tests.distributed.parse", tmp_path / config)
         found.append(json.loads((tmp_path / config / "metrics.json").read_text()))
     one, two = found
     assert one["samples"] == two["samples"] == [21] * 3 and len(one) == 1 + 4 * 3
@@ -253,19 +273,19 @@ def test_an_uneven_last_batch_is_counted_once(run):
 
 
 @pytest.mark.parametrize(
-    ("written", "read", "processes", "optimizer"),
+    ("written", "read", "optimizer"),
     [
-        ("multi_cpu", "single_gpu", 1, "sgd"),
-        ("zero3", "single_gpu", 1, "sgd"),  # its optimizer state stays behind, and SGD has none
-        ("zero3", "zero3", 2, "sgd"),
-        ("fsdp2", "multi_cpu", 2, "adamw_torch"),
-        ("fsdp2", "fsdp2", 2, "adamw_torch"),
+        ("multi_cpu", "single_gpu", "sgd"),
+        ("zero3", "single_gpu", "sgd"),  # its optimizer state stays behind, and SGD has none
+        ("zero3", "zero3", "sgd"),
+        ("fsdp2", "multi_cpu", "adamw_torch"),
+        ("fsdp2", "fsdp2", "adamw_torch"),
     ],
 )
-def test_a_checkpoint_of_one_backend_goes_on_under_another(run, written, read, processes, optimizer):
+def test_a_checkpoint_of_one_backend_goes_on_under_another(run, written, read, optimizer):
     """The same logits after loading, nothing calibrated again, and the weights of the run that never stopped."""
-    whole = run(written, "--save", "--optim", optimizer)
-    resumed = run(read, "--resume", str(whole.checkpoint), "--optim", optimizer, processes=processes)
+    whole = run(written, *(FIVE if optimizer == "sgd" else ("--save", "--optim", optimizer)))
+    resumed = run(read, "--resume", str(whole.checkpoint), "--optim", optimizer)
     loaded = AutoModelForCausalLM.from_pretrained(whole.checkpoint).eval()
     with torch.no_grad():
         torch.testing.assert_close(resumed.logits["begin"], loaded(**tokens(batch=2)).logits, rtol=0, atol=1e-5)
@@ -285,7 +305,7 @@ def test_the_optimizers_state_matters_in_that_test(run):
 @pytest.mark.parametrize("config", ["zero3", "fsdp2"])
 def test_saved_models_are_whole_and_train_on_under_every_backend(run, config):
     """`save_model` under sharding writes full weights; what it wrote goes into a stock Trainer and comes out again."""
-    first = run(config, "--save", "--optim", "sgd")
+    first = run(config, *FIVE)
     loaded = AutoModelForCausalLM.from_pretrained(first.out / "final").eval()
     with torch.no_grad():
         torch.testing.assert_close(loaded(**tokens(batch=2)).logits, first.logits["end"], rtol=0, atol=1e-5)

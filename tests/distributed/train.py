@@ -1,16 +1,12 @@
-"""Five steps and a sweep on a tiny Llama; run by `accelerate launch` with any backend and number of processes.
-
-accelerate launch --config_file <config> tests/distributed/train.py OUT [--model FOLDER] [--resume CHECKPOINT] ...
-"""
+"""Five steps and a sweep on a tiny Llama, with any backend and number of processes; run by `serve.py`."""
 
 import argparse
 import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
@@ -51,11 +47,17 @@ SETTINGS = ["fp", "w4", "w3a4", "w3@kmeans/channel/bc", "w4a4@mse/asym/x0.9", "t
 
 
 def shards_on_a_cpu() -> bool:
-    """accelerate has no DeepSpeed or FSDP for CPUs: let it start the gloo backend and go on. Whether it had to."""
+    """accelerate has no DeepSpeed or FSDP for CPUs: let it start the gloo backend and go on. Whether it had to.
+
+    DeepSpeed would compile collectives of its own for CPUs: here it takes gloo's.
+    """
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         kind = DistributedType.MULTI_CPU
     elif os.environ.get("ACCELERATE_USE_FSDP") == "true":
         kind = DistributedType.MULTI_GPU
@@ -66,7 +68,7 @@ def shards_on_a_cpu() -> bool:
     return True
 
 
-def arguments() -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", help="a saved model; default: the tiny Llama of seed 0")
@@ -86,9 +88,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ema", action="store_true", help="averages of the weights")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--memory", default="keep", help="of the config")
+    parser.add_argument("--collectives", action="store_true", help="count those of a step")
     parser.add_argument("--count", action="store_true", help="bytes that a step keeps for its backward")
     parser.add_argument("--disagree", action="store_true", help="another config on the last rank")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 class Collectives(TrainerCallback):
@@ -107,8 +110,7 @@ class Collectives(TrainerCallback):
             self.profile.stop()
 
     def counts(self):
-        events = self.profile.events() if self.profile else ()
-        names = [event.name for event in events if event.name.startswith("c10d::")]
+        names = [event.name for event in self.profile.events() if event.name.startswith("c10d::")]
         return {name: names.count(name) for name in sorted(set(names))}
 
 
@@ -203,7 +205,8 @@ def accuracy(predictions):
     return {"accuracy": float(np.mean(predictions.predictions[:, :-1] == predictions.label_ids[:, 1:]))}
 
 
-def main(options: argparse.Namespace) -> None:
+def main(arguments: Sequence[str]) -> None:
+    options = parse(arguments)
     shards = shards_on_a_cpu()
     processes = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
@@ -258,13 +261,14 @@ def main(options: argparse.Namespace) -> None:
         trainer.add_callback(RobustQCallback(RobustQ.of(model)))
     watch = Watch(trainer, not options.plain)
     trainer.add_callback(watch)
-    collectives = Collectives()
-    trainer.add_callback(collectives)
+    collectives = Collectives() if options.collectives else None
+    if collectives:
+        trainer.add_callback(collectives)
     kept = Kept(model) if options.count else None
     if kept:
         trainer.add_callback(kept)
     trainer.train(resume_from_checkpoint=options.resume)
-    result = {"collectives": collectives.counts(), "kept": kept and kept.bytes}
+    result = {"collectives": collectives and collectives.counts(), "kept": kept and kept.bytes}
     if not stock:
         result["rows"] = [row for sweep in trainer.sweep_callback.sweeps for row in sweep.to_dict()["rows"]]
         keys = ("kurtosis", "kure", "loss")
@@ -280,9 +284,3 @@ def main(options: argparse.Namespace) -> None:
     if rank == 0:
         torch.save({"begin": watch.logits, "end": end, "learned": watch.learned}, out / "logits.pt")
     trainer.accelerator.end_training()
-
-
-if __name__ == "__main__":
-    main(arguments())
-    sys.stderr.flush()
-    os._exit(0)  # everything is written; the profiler's threads may abort an ordinary exit of a busy machine
