@@ -8,6 +8,7 @@ method `robustq` with transformers; transformers without this package loads the 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,7 +25,9 @@ from hf_robustq.plugin import METHOD, RobustQ
 from hf_robustq.plugin.mark import mark
 from hf_robustq.plugin.publish import FloatModel, unfold
 from hf_robustq.quantizers import LEARNED
-from hf_robustq.sharded import assign, whole_shape
+from hf_robustq.sharded import assign
+
+logger = logging.getLogger(__name__)
 
 
 def read_config(values: Any, where: str) -> RobustQConfig:
@@ -37,10 +40,9 @@ def read_config(values: Any, where: str) -> RobustQConfig:
         raise ValueError(f"{where}: quantization_config: {error}") from None
 
 
-def _shapes(file: str | Path) -> dict[str, list[int]]:
-    """The shape of every tensor in a safetensors file."""
-    with safe_open(file, framework="pt") as tensors:
-        return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+def _loaded(tensor: torch.Tensor) -> bool:
+    """Whether transformers has found this tensor in the files: it marks each, to leave it alone when it initialises."""
+    return getattr(tensor, "_is_hf_initialized", False)
 
 
 @register_quantization_config(METHOD)
@@ -101,35 +103,30 @@ class RobustQHfQuantizer(FloatModel):
         plugin.before_wrapping()
 
     def _check_complete(self, model: nn.Module, plugin: RobustQ) -> frozenset[str]:
-        """Stages whose weight is new, as a head for other labels is, begin anew. Else every tensor must be there.
+        """Stages whose weight is new, as a head for other labels is, begin anew: a warning names them.
 
-        Returns the names of the new weights.
+        Of every other weight each tensor must have been loaded. transformers renames keys on the way from file to
+        model, so what counts is its own mark on the tensors that it loaded, not their names. Returns the names of the
+        new weights.
         """
-        found = {name: shape for file in self.files for name, shape in _shapes(file).items()}
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        stored = {name.removeprefix(prefix): shape for name, shape in found.items()}
-
-        def matches(name: str, tensor: torch.Tensor) -> bool:
-            return stored.get(name.removeprefix(prefix)) == list(whole_shape(tensor))
-
         lost, new = [], []
         for site in plugin.sites:
             owner = site.name.removesuffix(site.tensor)
             own = (f"{site.name}_stages.", f"{owner}activation_stages.")
             tensors = {name: tensor for name, tensor in self._own_tensors(model, plugin) if name.startswith(own)}
-            gone = [name for name, tensor in tensors.items() if not matches(name, tensor)]
-            known = stored.get(site.name.removeprefix(prefix))
-            if (known is None and len(gone) == len(tensors)) or (known is not None and known != list(site.shape)):
+            if _loaded(site.parameter):
+                lost += [name for name, tensor in tensors.items() if not _loaded(tensor)]
+            else:
                 new.append(site.name)
                 for name, tensor in tensors.items():
                     assign(tensor, self.initial[name])
-            else:
-                lost += gone
         if lost:
             raise ValueError(
                 f"{len(lost)} quantizer tensors are missing in {Path(self.files[0]).parent}, {lost[0]} among them: "
                 "the folder does not belong to its config.json, or to another class of model"
             )
+        if new:
+            logger.warning("not in the folder, so new, and their quantizers not calibrated: %s", ", ".join(new))
         return frozenset(new)
 
     def _own_tensors(self, model: nn.Module, plugin: RobustQ) -> list[tuple[str, torch.Tensor]]:

@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForSequenceClassification, Trainer
+from transformers import AutoModel, AutoModelForImageClassification, AutoModelForSequenceClassification, Trainer
 
 from hf_robustq import RobustQ, RobustQCallback, RobustTrainer, from_pretrained
 from hf_robustq.quantizers import Fixed
 from hf_robustq.sites import staged_class
 from hf_robustq.sweep import Setting, Steps, quantized
 from tests.test_trainer import arguments, text
-from tests.zoo import bert, gpt2, run, tokens
+from tests.zoo import bert, gpt2, images, run, tokens
 
 CONFIG = {"regularizers": {"kure": {}}, "weights": {"bits": 4}, "activations": {"bits": 8}}
 
@@ -271,7 +271,7 @@ def test_statistics_that_were_never_taken_are_missed(tmp_path):
     assert load(tmp_path, bits=4) is not None
 
 
-def test_a_head_for_other_labels_begins_anew(tmp_path):
+def test_a_head_for_other_labels_begins_anew(tmp_path, caplog):
     """Fine-tuning on other labels: the new head has no trained quantizer, everything else keeps its own."""
     model = bert()
     config = {"weights": {"bits": 4, "per_channel": True}, "first_last": 8}
@@ -281,6 +281,7 @@ def test_a_head_for_other_labels_begins_anew(tmp_path):
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, **options)
     plugin, stored = RobustQ.of(loaded), load_file(tmp_path / "model.safetensors")
     assert not plugin.calibrated
+    assert "not in the folder, so new, and their quantizers not calibrated: classifier.weight" in caplog.messages
     for site in plugin.sites:
         quantizer = site.weight_stages.get_submodule("quantizer")
         new = site.name == "classifier.weight"
@@ -288,6 +289,61 @@ def test_a_head_for_other_labels_begins_anew(tmp_path):
         assert new or torch.equal(quantizer.scale, stored[f"{site.name}_stages.quantizer.scale"])
     plugin.calibrate([tokens(labels=3)], run)
     assert plugin.calibrated and loaded.classifier.weight.shape == (7, 32)
+
+
+def small_vit():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=10))
+
+
+def small_swin():
+    from transformers import SwinConfig, SwinForImageClassification
+
+    sizes = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
+    return SwinForImageClassification(SwinConfig(**sizes, image_size=32, patch_size=4, num_labels=10))
+
+
+@pytest.mark.parametrize("build", [small_vit, small_swin])
+def test_quantizers_come_back_where_transformers_renames_keys(build, tmp_path, caplog):
+    """The file has other names than the model: `attention.attention.query` for `attention.q_proj`, say."""
+    batch = images()
+    model = build()
+    RobustQ(model, {**CONFIG, "weights": {"method": "lsq", "bits": 4}}).calibrate([batch], run)
+    with torch.no_grad():
+        expected = run(model.eval(), batch).logits
+    model.save_pretrained(tmp_path)
+    assert not load_file(tmp_path / "model.safetensors").keys() <= model.state_dict().keys()
+    for loaded in (
+        AutoModelForImageClassification.from_pretrained(tmp_path),
+        from_pretrained(AutoModelForImageClassification, tmp_path, trainable=True),
+        from_pretrained(AutoModelForImageClassification, tmp_path),
+    ):
+        with torch.no_grad():
+            assert torch.equal(run(loaded.eval(), batch).logits, expected)
+    state = AutoModelForImageClassification.from_pretrained(tmp_path).state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    plugin = RobustQ.of(model)
+    for bits, inputs in ((4, 8), (3, None)):
+        loaded = from_pretrained(AutoModelForImageClassification, tmp_path, bits=bits, activation_bits=inputs)
+        setting = Setting(weights=bits, activations=inputs)
+        with quantized(plugin, setting, Steps(plugin)), torch.no_grad():
+            assert torch.equal(run(loaded.eval(), batch).logits, run(model.eval(), batch).logits)
+    assert "not in the folder" not in caplog.text
+
+
+def test_what_is_missing_is_named_as_the_model_names_it(tmp_path):
+    model = small_vit()
+    RobustQ(model, CONFIG).calibrate([images()], run)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("vit.encoder.layer.1.attention.attention.key.weight_stages.quantizer.scale")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    message = r"1 quantizer tensors are missing in .*, vit\.layers\.1\.attention\.k_proj\.weight_stages"
+    with pytest.raises(ValueError, match=message):
+        AutoModelForImageClassification.from_pretrained(tmp_path)
 
 
 def test_stages_of_other_weights_are_no_substitute_for_missing_ones(copied):
