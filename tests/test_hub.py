@@ -287,8 +287,17 @@ def test_a_head_for_other_labels_begins_anew(tmp_path, caplog):
         new = site.name == "classifier.weight"
         assert bool(quantizer.initialized) != new
         assert new or torch.equal(quantizer.scale, stored[f"{site.name}_stages.quantizer.scale"])
+    with torch.no_grad():  # as if trained, to steps that no rule would find
+        for site in plugin.sites:
+            site.weight_stages.get_submodule("quantizer").scale.mul_(1.5)
     plugin.calibrate([tokens(labels=3)], run)
     assert plugin.calibrated and loaded.classifier.weight.shape == (7, 32)
+    for site in plugin.sites:  # what had steps keeps them
+        quantizer = site.weight_stages.get_submodule("quantizer")
+        kept = site.name != "classifier.weight" and torch.equal(
+            quantizer.scale, 1.5 * stored[f"{site.name}_stages.quantizer.scale"]
+        )
+        assert kept or site.name == "classifier.weight", site.name
 
 
 def small_vit():
