@@ -40,8 +40,14 @@ def read_config(values: Any, where: str) -> RobustQConfig:
         raise ValueError(f"{where}: quantization_config: {error}") from None
 
 
+def _shapes(file: str | Path) -> dict[str, list[int]]:
+    """The shape of every tensor in a safetensors file."""
+    with safe_open(file, framework="pt") as tensors:
+        return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+
+
 def _loaded(tensor: torch.Tensor) -> bool:
-    """Whether transformers has found this tensor in the files: it marks each, to leave it alone when it initialises."""
+    """Whether transformers loaded this tensor from a file. It marks those, so as not to initialise them."""
     return getattr(tensor, "_is_hf_initialized", False)
 
 
@@ -103,19 +109,24 @@ class RobustQHfQuantizer(FloatModel):
         plugin.before_wrapping()
 
     def _check_complete(self, model: nn.Module, plugin: RobustQ) -> frozenset[str]:
-        """Stages whose weight is new, as a head for other labels is, begin anew: a warning names them.
+        """A weight that was not loaded, such as a new head, gets fresh stages; a warning names it.
 
-        Of every other weight each tensor must have been loaded. transformers renames keys on the way from file to
-        model, so what counts is its own mark on the tensors that it loaded, not their names. Returns the names of the
-        new weights.
+        Of every other weight all stage tensors must have been loaded. transformers renames keys between file and
+        model, so we read its mark on loaded tensors and do not compare names. Returns the names of the new weights.
         """
+        shapes = [(name, shape) for file in self.files for name, shape in _shapes(file).items()]
         lost, new = [], []
         for site in plugin.sites:
             owner = site.name.removesuffix(site.tensor)
             own = (f"{site.name}_stages.", f"{owner}activation_stages.")
             tensors = {name: tensor for name, tensor in self._own_tensors(model, plugin) if name.startswith(own)}
+            gone = [name for name, tensor in tensors.items() if not _loaded(tensor)]
+            leaf = ".".join(site.name.split(".")[-2:])
+            resized = any(f".{name}".endswith(f".{leaf}") and shape != list(site.shape) for name, shape in shapes)
             if _loaded(site.parameter):
-                lost += [name for name, tensor in tensors.items() if not _loaded(tensor)]
+                lost += gone
+            elif len(gone) < len(tensors) and not resized:  # its stages are there, the weight itself is not
+                lost.append(site.name)
             else:
                 new.append(site.name)
                 for name, tensor in tensors.items():
@@ -126,7 +137,9 @@ class RobustQHfQuantizer(FloatModel):
                 "the folder does not belong to its config.json, or to another class of model"
             )
         if new:
-            logger.warning("not in the folder, so new, and their quantizers not calibrated: %s", ", ".join(new))
+            logger.warning(
+                "the folder has no such weights; their quantizers are not calibrated yet: %s", ", ".join(new)
+            )
         return frozenset(new)
 
     def _own_tensors(self, model: nn.Module, plugin: RobustQ) -> list[tuple[str, torch.Tensor]]:

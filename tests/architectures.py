@@ -10,13 +10,13 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-EMBEDDINGS = ("vocab_size", "vocab_size_per_layer_input")
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(EMBEDDINGS, 99),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 99),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size", "lru_width"), 32),
     **dict.fromkeys(("encoder_hidden_size", "decoder_hidden_size", "attention_hidden_size"), 32),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2),
     **dict.fromkeys(("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"), 1),
+    "decoder_num_hidden_layers": 1,
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "decoder_num_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "linear_num_key_heads", "linear_num_value_heads", "index_n_heads"), 2),
@@ -28,7 +28,6 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "num_memory_blocks", "type_vocab_size"), 2),
     **dict.fromkeys(("n_shared_experts", "n_group", "topk_group", "first_k_dense_replace"), 1),
-    **dict.fromkeys(("decoder_num_hidden_layers",), 1),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "max_target_positions"), 64),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "qk_head_dim", "mamba_d_head", "classifier_proj_size"), 16),
     **dict.fromkeys(("mamba_d_state", "mamba_chunk_size", "state_size", "block_size"), 8),

@@ -281,7 +281,9 @@ def test_a_head_for_other_labels_begins_anew(tmp_path, caplog):
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, **options)
     plugin, stored = RobustQ.of(loaded), load_file(tmp_path / "model.safetensors")
     assert not plugin.calibrated
-    assert "not in the folder, so new, and their quantizers not calibrated: classifier.weight" in caplog.messages
+    assert (
+        "the folder has no such weights; their quantizers are not calibrated yet: classifier.weight" in caplog.messages
+    )
     for site in plugin.sites:
         quantizer = site.weight_stages.get_submodule("quantizer")
         new = site.name == "classifier.weight"
@@ -340,7 +342,7 @@ def test_quantizers_come_back_where_transformers_renames_keys(build, tmp_path, c
         setting = Setting(weights=bits, activations=inputs)
         with quantized(plugin, setting, Steps(plugin)), torch.no_grad():
             assert torch.equal(run(loaded.eval(), batch).logits, run(model.eval(), batch).logits)
-    assert "not in the folder" not in caplog.text
+    assert "the folder has no such weights" not in caplog.text
 
 
 def test_what_is_missing_is_named_as_the_model_names_it(tmp_path):
@@ -353,6 +355,16 @@ def test_what_is_missing_is_named_as_the_model_names_it(tmp_path):
     message = r"1 quantizer tensors are missing in .*, vit\.layers\.1\.attention\.k_proj\.weight_stages"
     with pytest.raises(ValueError, match=message):
         AutoModelForImageClassification.from_pretrained(tmp_path)
+
+
+def test_a_missing_weight_whose_stages_are_there_is_no_new_head(copied):
+    tensors = load_file(copied / "model.safetensors")
+    del tensors["bert.encoder.layer.0.attention.self.query.weight"]
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"missing in .*, bert\.encoder\.layer\.0\.attention\.self\.query\.weight among"
+    ):
+        load(copied)
 
 
 def test_stages_of_other_weights_are_no_substitute_for_missing_ones(copied):
