@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import nn
 
+from hf_robustq.functional import Axis, along
 from hf_robustq.grid import Grid
+from hf_robustq.macs import counting_products
+from hf_robustq.products import ProductWatch
 from hf_robustq.quantizers import CallProbe, InputProbe, Probe, Quantizer, WeightProbe
 from hf_robustq.reparam import network_weight
 from hf_robustq.scales import Sample
@@ -20,8 +24,9 @@ from hf_robustq.sharded import whole_shape
 from hf_robustq.sites import Site
 from hf_robustq.stage import Stage
 
+logger = logging.getLogger(__name__)
+
 Forward = Callable[[nn.Module, Any], Any]
-TRANSPOSED = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 @contextmanager
@@ -116,90 +121,85 @@ def rows(batch: Any) -> int:
     return next((rows(value) for value in values), 1)
 
 
-@contextmanager
-def _counting_products(sites: Sequence[Site], totals: dict[int, float]) -> Iterator[None]:
-    """Add up the multiply-accumulates with each weight, by the `id` of its probe."""
-
-    modules = {id(site.module): site for site in sites}
-
-    def add(site: Site, places: float) -> None:
-        key = id(weight_probe(site))
-        totals[key] = totals.get(key, 0.0) + places * site.shape.numel()
-
-    def count(site: Site, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        result = output[0] if isinstance(output, tuple) else output
-        if isinstance(module, nn.Embedding) or not isinstance(result, torch.Tensor):
-            return
-        transposed = isinstance(module, TRANSPOSED) and inputs
-        places = inputs[0].numel() / module.in_channels if transposed else result.numel() / _width(site, module)
-        add(site, places)
-        if isinstance(module, nn.MultiheadAttention) and (inner := modules.get(id(module.out_proj))):
-            add(inner, places)  # which it does not call
-
-    hooks = [site.module.register_forward_hook(partial(count, site)) for site in sites]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _width(site: Site, module: nn.Module) -> int:
-    """Elements of the output at one place."""
-    return module.embed_dim if isinstance(module, nn.MultiheadAttention) else site.shape[site.axis]
-
-
-def observe(model: nn.Module, sites: Sequence[Site], batches: Iterable[Any], forward: Forward) -> int:
+def observe(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[Any],
+    forward: Forward,
+    watch: ProductWatch | None = None,
+) -> int:
     """Run the float model on `batches`; every probe counts its calls, input probes collect their input.
 
-    Writes each weight's multiply-accumulates for one sample into its probe. Returns the number of batches. Raises
-    `ValueError` for no batch and for a non-finite input (with the site's name).
+    Writes each weight's multiply-accumulates for one sample into its probe; `watch` sees which parameters reach a
+    product. Returns the number of batches. Raises `ValueError` for no batch and for a non-finite input (with the
+    site's name).
     """
     probes = [stage for stage in stages(sites) if isinstance(stage, Probe)]
     count, samples, products = 0, 0, {}
-    with undisturbed(model), float_model(sites), _counting_products(sites, products):
+    with undisturbed(model), float_model(sites), counting_products(sites, products):
         for probe in probes:
             probe.forget()
             probe.mode = "observe"
         for batch in batches:
             try:
-                forward(model, batch)
+                with watch if watch is not None else nullcontext():
+                    forward(model, batch)
             except RuntimeError as error:
                 if any(whole_shape(site.parameter) != site.parameter.shape for site in sites):
                     error.add_note(
                         "the weights are in pieces: if this came before accelerator.prepare, calibrate after it"
                     )
                 raise
+            if watch is not None:
+                watch.forget()
             count += 1
             samples += rows(batch)
     if count == 0:
         raise ValueError("the calibration set is empty: give at least one batch of training data")
     for site in sites:
-        weight_probe(site).macs.fill_(products.get(id(weight_probe(site)), 0.0) / max(samples, 1))
+        weight_probe(site).macs.fill_(products.get(id(site.weight_stages), 0.0) / max(samples, 1))
     return count
 
 
 def count_uses(sites: Sequence[Site], count: int, need_inputs: bool) -> None:
     """Write each weight's reads per forward, of `count` observed, into its probe.
 
-    Raises `ValueError` for a weight that was never read and, with `need_inputs`, for inputs never seen.
+    Raises `ValueError` for weights that were never read and, with `need_inputs`, for inputs never seen: of all of them
+    at once, with the lines of the config that would help. Experts in a list that nothing was routed to count as read
+    once, where their inputs are not needed.
     """
+    unread = [site.name for site in sites if weight_probe(site).calls == 0]
+    unrouted = [name for name in unread if "experts" in name.split(".")]
+    unused = [name for name in unread if name not in unrouted]
     unseen = [s.name for s in sites if isinstance(probe := input_probe(s), InputProbe) and not probe.calls]
+    unseen = [name for name in unseen if name not in unused] if need_inputs else []
+    problems = []
+    if unused:
+        problems.append(f"these weights are never used in forward, exclude: {json.dumps(unused)}")
+    if apart := [name for name in unseen if name in unrouted]:
+        problems.append(
+            "no calibration sample is routed to these experts: raise calibration_samples, or leave their inputs in "
+            f"float, weights_only: {json.dumps(apart)}"
+        )
+    if direct := [name for name in unseen if name not in unrouted]:
+        problems.append(
+            "these weights are read without calling their modules, so the inputs cannot be quantized, "
+            f"weights_only: {json.dumps(direct)}"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
+    if unrouted:
+        logger.warning(
+            "no calibration sample is routed to %d weights of experts, %s the first", len(unrouted), unrouted[0]
+        )
     uses: dict[int, float] = {}
     for site in sites:
-        weight = weight_probe(site)
-        if weight.calls == 0:
-            raise ValueError(f"{site.name} is never used in forward: add it to exclude")
         # A reader may also ask for `weight.dtype`, so calls of the modules count where there are any.
-        uses[id(weight)] = uses.get(id(weight), 0.0) + input_probe(site).calls / count
-    if unseen and need_inputs:
-        raise ValueError(
-            f"these weights are read without calling their modules, so the inputs cannot be quantized: "
-            f"add them to weights_only: {', '.join(unseen)}"
-        )
+        key = id(weight_probe(site))
+        uses[key] = uses.get(key, 0.0) + input_probe(site).calls / count
     for site in sites:
         weight = weight_probe(site)
-        weight.uses.fill_(uses[id(weight)] or weight.calls / count)
+        weight.uses.fill_(uses[id(weight)] or weight.calls / count or 1.0)
 
 
 @torch.no_grad()
@@ -227,7 +227,7 @@ def activation_grid(bits: int, sample: Sample, narrow: bool = False) -> Grid:
     return Grid(bits=bits, signed=signed, narrow=narrow and signed)
 
 
-def weight_sample(site: Site, axis: int | None, factor: torch.Tensor | None = None) -> Sample:
+def weight_sample(site: Site, axis: Axis, factor: torch.Tensor | None = None) -> Sample:
     """The distribution of a weight of the float network, gathered if sharded, its channels times `factor` ([C]).
 
     Raises `ValueError` where it is not finite.
@@ -235,7 +235,7 @@ def weight_sample(site: Site, axis: int | None, factor: torch.Tensor | None = No
     with network_weight(site) as weight:
         try:
             if factor is not None:
-                weight = weight * factor.to(weight).view([-1 if d == site.axis else 1 for d in range(weight.dim())])
+                weight = weight * along(factor.to(weight), weight, site.channels)
             return Sample.of(weight, axis)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None

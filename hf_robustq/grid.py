@@ -22,13 +22,14 @@ class Grid:
     signed, not narrow  -2^(b-1) .. 2^(b-1) - 1          2^b levels
     unsigned            0 .. 2^b - 1                     2^b levels
 
-    `axis` is the axis with one scale per entry (the output channels of a weight), None for one scale per tensor.
+    `axis` is the axis with one scale per entry (the output channels of a weight), or two of them with one scale per
+    pair of entries (the matrices of a stack and their output channels); None for one scale per tensor.
     """
 
     bits: int
     signed: bool = True
     narrow: bool = False
-    axis: int | None = None
+    axis: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         check_bits(self.bits)

@@ -21,10 +21,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_robustq.calibrate import own_buffers, stages
 from hf_robustq.config import QuantizerConfig, RobustQConfig
-from hf_robustq.plugin import METHOD, RobustQ
+from hf_robustq.plugin import BESIDES, METHOD, RobustQ
 from hf_robustq.plugin.mark import mark
 from hf_robustq.plugin.publish import FloatModel, unfold
+from hf_robustq.products import Products
 from hf_robustq.quantizers import LEARNED
+from hf_robustq.renaming import keep_apart
 from hf_robustq.sharded import assign
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ def read_config(values: Any, where: str) -> RobustQConfig:
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: quantization_config is no mapping, got {str(values)[:80]!r}")
     try:
-        return RobustQConfig.from_dict({key: value for key, value in values.items() if key != "quant_method"})
+        return RobustQConfig.from_dict({key: value for key, value in values.items() if key not in BESIDES})
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{where}: quantization_config: {error}") from None
 
@@ -58,6 +60,8 @@ class RobustQQuantizationConfig(QuantizationConfigMixin):
     def __init__(self, **values: Any) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]
         self.robustq = read_config(values, "config.json")
+        known = values.get("products")
+        self.products = None if known is None else Products.from_dict(known, "config.json: quantization_config: ")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -65,7 +69,8 @@ class RobustQQuantizationConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, **self.robustq.to_dict()}
+        products = {} if self.products is None else {"products": self.products.to_dict()}
+        return {"quant_method": METHOD, **self.robustq.to_dict(), **products}
 
     to_diff_dict = to_dict
 
@@ -79,6 +84,9 @@ class RobustQHfQuantizer(FloatModel):
     """
 
     quantization_config: Any
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        return keep_apart(super().update_weight_conversions(weight_conversions, model))
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.files = list(kwargs.get("checkpoint_files") or ())
@@ -103,6 +111,9 @@ class RobustQHfQuantizer(FloatModel):
         unfold(plugin, new)
         plugin.enable(True)
         plugin.restored()
+        products = self.quantization_config.products
+        if products is not None and products.unstaged.keys() <= dict(model.named_parameters()).keys():
+            plugin.know(products)  # of another class of model it would not be true
         del model.hf_quantizer, model.quantization_method
         model.is_quantized = False
         mark(plugin)
@@ -117,9 +128,7 @@ class RobustQHfQuantizer(FloatModel):
         shapes = [(name, shape) for file in self.files for name, shape in _shapes(file).items()]
         lost, new = [], []
         for site in plugin.sites:
-            owner = site.name.removesuffix(site.tensor)
-            own = (f"{site.name}_stages.", f"{owner}activation_stages.")
-            tensors = {name: tensor for name, tensor in self._own_tensors(model, plugin) if name.startswith(own)}
+            tensors = {n: tensor for n, tensor in self._own_tensors(model, plugin) if n.startswith(site.prefixes)}
             gone = [name for name, tensor in tensors.items() if not _loaded(tensor)]
             leaf = ".".join(site.name.split(".")[-2:])
             resized = any(f".{name}".endswith(f".{leaf}") and shape != list(site.shape) for name, shape in shapes)

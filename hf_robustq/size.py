@@ -9,6 +9,7 @@ from typing import Any, Self
 from torch import nn
 
 from hf_robustq.calibrate import own_buffers, stages, weight_probe
+from hf_robustq.products import Products
 from hf_robustq.quantizers import QUANTIZERS, Quantizer
 from hf_robustq.sharded import whole_shape
 from hf_robustq.sites import Site
@@ -55,10 +56,14 @@ class LayerSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """A model: its staged weights, and how many other elements it stores (biases, norms, layers left out)."""
+    """A model: its staged weights, and how many other elements it stores (biases, norms, layers left out).
+
+    products   the weights it multiplies by, staged and not, once calibrated
+    """
 
     layers: tuple[LayerSize, ...]
     others: int
+    products: Products | None = None
 
     @property
     def bits(self) -> float:
@@ -86,12 +91,19 @@ class Size:
         """Plain dicts, lists and numbers."""
         totals = ("bits", "megabytes", "float_megabytes", "bit_operations")
         layers = [asdict(layer) for layer in self.layers]
-        return {**{name: getattr(self, name) for name in totals}, "others": self.others, "layers": layers}
+        products = self.products and self.products.to_dict()
+        own = {"others": self.others, "layers": layers, "products": products}
+        return {**{name: getattr(self, name) for name in totals}, **own}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """What `to_dict` gave."""
-        return cls(layers=tuple(LayerSize(**one) for one in values["layers"]), others=values["others"])
+        products = values.get("products")
+        return cls(
+            layers=tuple(LayerSize(**one) for one in values["layers"]),
+            others=values["others"],
+            products=Products.from_dict(products) if products else None,
+        )
 
     def __str__(self) -> str:
         """A Markdown table."""
@@ -102,9 +114,13 @@ class Size:
             grid, size = one.grid or "float", f"{one.megabytes:.4g}"
             cells = (one.name, f"{one.weights:,}", one.bits, grid, one.activation_bits, size, counted)
             lines.append("| " + " | ".join(map(str, cells)) + " |")
+        for name, count in self.products.unstaged.items() if self.products is not None else ():
+            megabytes = count * FLOAT_BITS / 8e6
+            lines.append(f"| {name} | {count:,} | {FLOAT_BITS} | float, not staged | | {megabytes:.4g} | |")
         total = f"{self.megabytes:.4g} of {self.float_megabytes:.4g} in float"
         everything = f"all, with {self.others:,} elements of no staged weight"
-        lines.append(f"| {everything} | | {self.bits:.2f} | | | {total} | {self.bit_operations:.3g} |")
+        share = f" of {self.products.share:.0%}" if self.products is not None and self.products.unstaged else ""
+        lines.append(f"| {everything} | | {self.bits:.2f}{share} | | | {total} | {self.bit_operations:.3g} |")
         return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_robustq.functional import fake_quantize, kurtosis
+from hf_robustq.functional import along, fake_quantize, kurtosis
 from hf_robustq.quantizers import DoReFa, Oscillation, Quantizer
 from hf_robustq.regularizers import Regularizer
 from hf_robustq.reparam import network_weight
@@ -19,13 +19,18 @@ from hf_robustq.sites import Site
 NEVER = 2**62
 
 
+def _kurtosis(site: Site, weight: Tensor) -> Tensor:
+    """Of a stack of matrices, the mean of theirs."""
+    return torch.stack([kurtosis(one) for one in weight]).nanmean() if site.stacked else kurtosis(weight)
+
+
 @torch.no_grad()
 def site_kurtosis(sites: Sequence[Site]) -> dict[str, float]:
     """Kurtosis of each site's weight in the float network."""
     values = []
     for site in sites:
         with network_weight(site) as weight:
-            values.append(kurtosis(weight).float())
+            values.append(_kurtosis(site, weight).float())
     return dict(zip((site.name for site in sites), torch.stack(values).tolist(), strict=True)) if values else {}
 
 
@@ -43,7 +48,7 @@ def site_histograms(sites: Sequence[Site], bins: int) -> dict[str, dict[str, Any
             if not math.isfinite(largest):
                 continue
             counts = torch.histc(w, bins, -(largest or 1.0), largest or 1.0)
-            found[site.name] = {"kurtosis": float(kurtosis(w)), "largest": largest, "counts": counts.tolist()}
+            found[site.name] = {"kurtosis": float(_kurtosis(site, w)), "largest": largest, "counts": counts.tolist()}
     return found
 
 
@@ -55,7 +60,7 @@ def mean_penalties(sites: Sequence[Site]) -> dict[str, float]:
         for name, stage in site.weight_stages.named_children():
             if isinstance(stage, Regularizer):
                 with network_weight(site) as weight:
-                    penalties.setdefault(name, []).append(stage.penalty(weight, *stage.penalty_arguments()).float())
+                    penalties.setdefault(name, []).append(stage.value(weight))
     return {name: float(torch.stack(values).nanmean()) for name, values in penalties.items()}
 
 
@@ -81,7 +86,7 @@ def site_quantization(sites: Sequence[Site]) -> dict[str, dict[str, float]]:
             continue
         with network_weight(site) as weight, quantizer.steps_of(weight) as scale:
             axis, low, high = quantizer.grid.axis, quantizer.low, quantizer.high
-            w, step = weight.float(), scale if axis is None else scale.view([-1] + [1] * (weight.dim() - axis - 1))
+            w, step = weight.float(), along(scale, weight, axis)
             away = (fake_quantize(w, scale, low, high, axis=axis) - w).abs()
             clipped = ((w < low * step) | (w > high * step)).float().mean()
             own = {"error": away.mean(), "step": scale.mean(), "clipped": clipped, "largest": w.abs().amax()}

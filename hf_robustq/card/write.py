@@ -111,6 +111,7 @@ def write_card(
     if size is not None and any(layer.quantized for layer in size.layers):
         shown = replace(size, layers=tuple(replace(one, name=escaped(one.name)) for one in size.layers))
         lines += ["## Size, as it was trained", "", str(shown), ""]
+        lines += [escaped(size.products.sentence), ""] if size.products is not None and size.products.unstaged else []
         layers = [one for one in size.layers if one.quantized]
         if len({one.bits for one in layers}) > 1:
             bits = {"bits": [one.bits for one in layers]}

@@ -32,6 +32,9 @@ class RobustQConfig:
     first_last           first and last layer: "float" (not touched), 8 (quantized to 8 bits, not regularized, no
                          satnl), or "same" (like every other layer)
     embeddings           stage embedding tables too
+    routers              stage what chooses experts too
+    parameters           fnmatch patterns of parameters to stage besides, of modules that are no known layers: a
+                         matrix [out, in], or a stack of matrices, each with steps of its own
     memory               "keep": quantized weights and inputs are kept for the backward; "recompute": it makes them
                          anew, which costs a quantization more and no memory, but for what satnl gives (not
                          together with gradient checkpointing, whose work it undoes)
@@ -52,6 +55,8 @@ class RobustQConfig:
     weights_only: tuple[str, ...] = ()
     first_last: Literal["float", 8, "same"] = "float"
     embeddings: bool = False
+    routers: bool = False
+    parameters: tuple[str, ...] = ()
     memory: Literal["keep", "recompute"] = "keep"
     oscillations: Literal["ignore", "watch", "freeze"] = "ignore"
     freeze_above: float = 0.02
@@ -131,7 +136,7 @@ class RobustQConfig:
                 raise ValueError(f"satnl: expected a mapping of options, got {values!r}")
             check_known(values, [f.name for f in fields(SatNLConfig)], "key of satnl")
             given["satnl"] = SatNLConfig(**values)
-        for name in ("include", "exclude", "weights_only"):
+        for name in ("include", "exclude", "weights_only", "parameters"):
             if name in given:
                 given[name] = (given[name],) if isinstance(given[name], str) else tuple(given[name])
         return cls(**given)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ def fused(eager: Callable[..., Any], smallest: int = CACHED) -> Callable[..., An
     """Compile `eager` once, for any length, and use it for tensors of `smallest` elements or more.
 
     The first argument decides. Small tensors, a tracing compiler, and machines without a working
-    compiler (noticed once, logged) use `eager` itself; so does everything while the environment says
+    compiler (noticed once, logged) use `eager` itself; so does everything inside a dispatch mode (a profiler, a
+    counter of operations), to which compiled code would be hidden, and while the environment says
     `HF_ROBUSTQ_FUSED=0`.
     A compiled kernel is not differentiated, and is given views stripped of their bases, by which the compiler
     would tell apart shapes that are the same to it.
@@ -48,6 +50,8 @@ def fused(eager: Callable[..., Any], smallest: int = CACHED) -> Callable[..., An
     def call(x: Tensor, *rest: Any) -> Any:
         nonlocal broken
         if broken or x.numel() < smallest or torch.compiler.is_compiling() or os.environ.get("HF_ROBUSTQ_FUSED") == "0":
+            return eager(x, *rest)
+        if is_in_torch_dispatch_mode():
             return eager(x, *rest)
         key = (x.dim(), *(one.dtype if isinstance(one, Tensor) else one.__class__ for one in (x, *rest)))
         if key not in compiled:  # a code object of its own: torch bounds the variants compiled of one

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_robustq.functional.axes import Axis
 from hf_robustq.functional.fused import fused, memory_order, no_autocast, unflatten, working_dtype
 from hf_robustq.functional.noise import Noise, moved_places, normal
 
@@ -63,21 +64,34 @@ def _backward(
     of_offset = None if offset is None else grad - through
     if x.dim() == 1:
         return through.to(dtype), of_step.sum()[None], None if of_offset is None else of_offset.sum()[None]
-    return through.to(dtype), of_step.sum((0, 2)), None if of_offset is None else of_offset.sum((0, 2))
+    shared = (0, 2) if x.dim() == 3 else (1, 3)
+    return through.to(dtype), of_step.sum(shared), None if of_offset is None else of_offset.sum(shared)
 
 
-def _blocks(x: Tensor, order: list[int], axis: int | None) -> Tensor:
-    """`x` in the given order of dimensions, as [n], or as [before, channels, after] around `axis`."""
+def _blocks(x: Tensor, order: list[int], axis: Axis) -> Tensor:
+    """`x` in the given order of dimensions, as [n], as [before, channels, after] around `axis`.
+
+    Around two axes, 0 and another, as [entries of 0, before, channels, after].
+    """
     ordered = x.permute(order)
     if axis is None:
         return ordered.reshape(-1)
+    if isinstance(axis, tuple):
+        one = axis[1]
+        return ordered.reshape(x.size(0), math.prod(x.shape[1:one]), x.size(one), math.prod(x.shape[one + 1 :]))
     at = order.index(axis)
     before, after = math.prod(ordered.shape[:at]), math.prod(ordered.shape[at + 1 :])
     return ordered.reshape(before, ordered.shape[at], after)
 
 
-def _along(axis: int | None) -> list[int]:
+def _order(x: Tensor, axis: Axis) -> list[int]:
+    return list(range(x.dim())) if isinstance(axis, tuple) else memory_order(x)
+
+
+def _along(axis: Axis, x: Tensor) -> list[int]:
     """The shape in which steps broadcast over the blocks."""
+    if isinstance(axis, tuple):
+        return [x.size(0), 1, -1, 1]
     return [-1] if axis is None else [-1, 1]
 
 
@@ -92,7 +106,7 @@ class _FakeQuantize(torch.autograd.Function):
         offset: Tensor | None,
         low: Tensor,
         high: Tensor,
-        axis: int | None,
+        axis: Axis,
         count: int,
         learned: bool,
         dtype: torch.dtype,
@@ -103,13 +117,13 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.axis, ctx.count, ctx.learned = axis, count, learned
         if known is not None:
             return known.detach()
-        order = memory_order(x)
-        blocks, along = _blocks(x, order, axis), _along(axis)
+        order = _order(x, axis)
+        blocks, along = _blocks(x, order, axis), _along(axis, x)
         if noise is not None and order[-1] == 1 < x.dim() - 1:  # what is drawn must not depend on the strides
             blocks = x.permute(order).reshape(x.size(0), -1, x.size(1))
             n, positions, channels = blocks.shape
             noise = noise._replace(places=moved_places(n, positions, channels, x.device))
-            along = {None: [-1], 0: [-1, 1, 1], 1: [1, 1, -1]}[axis]
+            along = {None: [-1], 0: [-1, 1, 1], 1: [1, 1, -1]}[axis]  # pyright: ignore[reportArgumentType]
         steps = scale.to(working_dtype(x)).reshape(along)
         offsets = None if offset is None else offset.to(steps.dtype).reshape(along)
         return unflatten(_forward(blocks, steps, offsets, low, high, dtype, noise), x.shape, order)
@@ -117,9 +131,9 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, scale, offset, low, high = ctx.saved_tensors
-        axis, order = ctx.axis, memory_order(x)
-        steps = scale.to(working_dtype(x)).reshape(_along(axis))
-        offsets = None if offset is None else offset.to(steps.dtype).reshape(_along(axis))
+        axis, order = ctx.axis, _order(x, ctx.axis)
+        steps = scale.to(working_dtype(x)).reshape(_along(axis, x))
+        offsets = None if offset is None else offset.to(steps.dtype).reshape(_along(axis, x))
         blocks = _blocks(x, order, axis), _blocks(grad_output, order, axis)
         of_x, of_scale, of_offset = _backward(*blocks, steps, offsets, low, high, ctx.learned)
         if of_scale is not None:
@@ -135,7 +149,7 @@ def fake_quantize(
     low: Tensor,
     high: Tensor,
     *,
-    axis: int | None = None,
+    axis: Axis = None,
     offset: Tensor | None = None,
     count: int = 1,
     dtype: torch.dtype | None = None,
@@ -145,6 +159,7 @@ def fake_quantize(
     """Round `x` to the grid s * {low, ..., high} + b: s * round(clamp((x - b) / s, low, high)) + b, ties to even.
 
     scale, offset   [C] steps s and offsets b (none: 0), along `axis` of `x`; [1], or 0-dim, for one in all
+    axis            of the steps; or two, the first of which is 0, with a step for each pair of entries
     low, high       0-dim tensors of integers
     count           elements that share a step: the gradients of s and b are scaled by 1 / sqrt(count * high)
     dtype           of the result; default: `x`'s. The arithmetic is in float32 (float64 stays float64)

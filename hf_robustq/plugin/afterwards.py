@@ -73,6 +73,8 @@ def requantized(plugin: RobustQ, weights: QuantizerConfig | None, activations: Q
     wanted = plugin.config.requantized(weights, activations)
     new = type(plugin)(plugin.model, replace(wanted, satnl=as_stored))
     new.config = wanted
+    if plugin.products is not None:
+        new.know(plugin.products)
     mark(new)
     for site, stage in saturated(new):
         stage.d.copy_(bounds[site.name])

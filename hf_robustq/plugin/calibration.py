@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_robustq import calibrate, distributed
 from hf_robustq.calibrate import Forward
 from hf_robustq.plugin.publish import saturated
-from hf_robustq.plugin.stages import quantizers
+from hf_robustq.products import ENOUGH, Products, ProductWatch
 from hf_robustq.sharded import is_sharded, settle
 
 if TYPE_CHECKING:
     from hf_robustq.plugin.robustq import RobustQ
+
+logger = logging.getLogger(__name__)
 
 
 class Calibration:
@@ -33,20 +36,25 @@ class Calibration:
             raise RuntimeError(
                 "with cpu_ram_efficient_loading other ranks have no weights yet: calibrate after accelerator.prepare"
             )
-        self._observe(batches, forward, need_inputs=plugin.config.activations is not None)
+        self._observe(batches, forward, plugin.config.activations is not None, ProductWatch(plugin.model))
+        if plugin.products is not None and plugin.products.share < ENOUGH:
+            logger.warning("%s print(plugin) lists them, with the reasons", plugin.products.sentence)
         self.initialize()
         self._share()
         plugin.bits.check()
 
     def observe(self, batches: Iterable[Any], forward: Forward, activations: bool) -> None:
-        self._observe(batches, forward, need_inputs=activations or self.plugin.config.activations is not None)
+        watch = ProductWatch(self.plugin.model) if self.plugin.products is None else None
+        self._observe(batches, forward, activations or self.plugin.config.activations is not None, watch)
         self._share()
 
-    def _observe(self, batches: Iterable[Any], forward: Forward, need_inputs: bool) -> None:
+    def _observe(self, batches: Iterable[Any], forward: Forward, need_inputs: bool, watch: ProductWatch | None) -> None:
         model, sites = self.plugin.model, self.plugin.sites
-        count = calibrate.observe(model, sites, batches, forward)
+        count = calibrate.observe(model, sites, batches, forward, watch)
         settle(model)
         calibrate.count_uses(sites, count, need_inputs)
+        if watch is not None:
+            self.plugin.know(Products.of(model, sites, watch.names))
 
     def initialize(self) -> None:
         """Set the steps that are not set yet, each by the rule of its config."""
@@ -59,8 +67,7 @@ class Calibration:
         stages = list(calibrate.stages(self.plugin.sites))
         tensors = (tensor for stage in stages for tensor in (*stage.buffers(), *stage.parameters()))
         distributed.broadcast(tensor for tensor in tensors if not is_sharded(tensor))
-        for quantizer in quantizers(self.plugin.sites):
-            quantizer.restored()
+        self.plugin.check_stages()
 
     def before_wrapping(self) -> None:
         model, sites = self.plugin.model, self.plugin.sites

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hf_robustq.plugin.publish import Publisher, differs
+from hf_robustq.renaming import guard
 
 if TYPE_CHECKING:
     from hf_robustq.plugin.robustq import RobustQ
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 PLUGIN = "_robustq"
 METHOD = "robustq"
 """The `quant_method` of transformers' `quantization_config`."""
+BESIDES = ("quant_method", "products")
+"""What a `quantization_config` has besides the plugin's config."""
 
 
 def mark(plugin: RobustQ) -> None:
@@ -23,7 +26,11 @@ def mark(plugin: RobustQ) -> None:
     object.__setattr__(model, PLUGIN, plugin)
     if has_config(model):
         _own_config(model)
-        model.config.quantization_config = {"quant_method": METHOD, **plugin.config.to_dict()}
+        guard(model)
+        values = {"quant_method": METHOD, **plugin.config.to_dict()}
+        if plugin.products is not None:
+            values["products"] = plugin.products.to_dict()
+        model.config.quantization_config = values
         if differs(plugin):
             model.hf_quantizer = Publisher(plugin)
 

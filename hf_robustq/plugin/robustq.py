@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Self, cast
 
@@ -30,6 +31,7 @@ from hf_robustq.plugin.stages import (
 )
 from hf_robustq.plugin.table import table
 from hf_robustq.plugin.training import Training
+from hf_robustq.products import Products, reasons
 from hf_robustq.quantizers import Quantizer
 from hf_robustq.regularizers import REGULARIZERS
 from hf_robustq.sharded import whole_shape
@@ -67,7 +69,7 @@ class RobustQ:
         self.model = model
         touch_edges = config.first_last != "float"
         self.sites, self.left_out, edges = find_sites(
-            model, config.include, config.exclude, touch_edges, config.embeddings
+            model, config.include, config.exclude, touch_edges, config.embeddings, config.routers, config.parameters
         )
         if not self.sites:
             reasons = "; ".join(f"{one.name}: {one.reason}" for one in self.left_out)
@@ -77,6 +79,7 @@ class RobustQ:
         self._attach()
         self.ema: EMA | None = None
         self.watch = FiniteWatch(model)
+        self.products: Products | None = None
         self.calibrated = False
         self._training, self._calibration = Training(self), Calibration(self)
         mark(self)
@@ -169,6 +172,12 @@ class RobustQ:
         """The stages' tensors are saved again; called by the first `step`."""
         self._calibration.after_wrapping()
 
+    def know(self, products: Products) -> None:
+        """Take over which weights are multiplied by, as a calibration saw it; those that stay float are `left_out`."""
+        self.products = products
+        self.left_out = [*self.left_out, *reasons(self.model, self.left_out, products.unstaged)]
+        mark(self)
+
     def agree(self) -> None:
         """Raise `ValueError`, naming the differences, where ranks have different configs or weights to work on."""
         distributed.agree(self.description(), "what to do to the model")
@@ -226,7 +235,7 @@ class RobustQ:
 
     def size(self) -> Size:
         """Bits, megabytes and bit-operations, by layer and in all; `print` it. Bits are those of now."""
-        return size(self.model, self.sites)
+        return replace(size(self.model, self.sites), products=self.products)
 
     def trained_bits(self) -> dict[str, float | None]:
         """{"weights", "activations"}: storage bits the model is trained with, in the mean where layers differ."""
@@ -363,14 +372,18 @@ class RobustQ:
 
     def restored(self) -> None:
         """Take over what was loaded into the stages. Raises `ValueError`, with the weight's name, for nonsense."""
+        self.check_stages()
+        used = all(bool(weight_probe(site).uses > 0) for site in self.sites)
+        self.calibrated = used and all(bool(quantizer.initialized) for quantizer in quantizers(self.sites))
+
+    def check_stages(self) -> None:
+        """Have every stage take over its tensors as they are. Raises `ValueError`, with the weight's name."""
         for site in self.sites:
             for stage in (*site.weight_stages, *site.activation_stages):
                 try:
                     cast(Stage, stage).restored()
                 except ValueError as error:
                     raise ValueError(f"{site.name}: {error}") from None
-        used = all(bool(weight_probe(site).uses > 0) for site in self.sites)
-        self.calibrated = used and all(bool(quantizer.initialized) for quantizer in quantizers(self.sites))
 
     def check_initialized(self) -> None:
         """Raise `RuntimeError` where a quantizer has no steps yet."""

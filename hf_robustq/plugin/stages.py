@@ -11,22 +11,19 @@ from torch import nn
 
 from hf_robustq.calibrate import stages
 from hf_robustq.config import QuantizerConfig, RobustQConfig
+from hf_robustq.functional import Axis, channels_along
 from hf_robustq.grid import Grid
 from hf_robustq.quantizers import QUANTIZERS, CallProbe, InputProbe, Oscillation, Quantizer, Role, WeightProbe
 from hf_robustq.regularizers import REGULARIZERS, Regularizer
 from hf_robustq.reparam import SatNL
-from hf_robustq.sites import Site
+from hf_robustq.sites import RECURRENT, Site
 
 
 def float_input(config: RobustQConfig, site: Site) -> str:
     """Why the input of a site's layer cannot be quantized; empty where it can."""
-    if isinstance(site.module, nn.MultiheadAttention):
-        return "attention reads its weight next to other inputs"
-    if isinstance(site.module, nn.Embedding):
-        return "an embedding's input is indices"
-    if any(fnmatchcase(site.name, pattern) for pattern in config.weights_only):
+    if not site.float_input and any(fnmatchcase(site.name, pattern) for pattern in config.weights_only):
         return "in weights_only"
-    return ""
+    return site.float_input
 
 
 def weight_stages(config: RobustQConfig, site: Site, edges: Collection[str]) -> dict[str, nn.Module]:
@@ -37,10 +34,11 @@ def weight_stages(config: RobustQConfig, site: Site, edges: Collection[str]) -> 
             own["satnl"] = SatNL(**asdict(config.satnl))
         for regularizer in config.regularizers:
             stage = REGULARIZERS[regularizer.method](**regularizer.options)
+            stage.stacked = site.stacked
             if not stage.refuses(site.module):
                 own[regularizer.method] = stage
     if config.weights is not None:
-        axis = site.axis if config.weights.per_channel else None
+        axis = site.steps_axis(config.weights.per_channel)
         own["quantizer"] = _quantizer(config.weights, site, edges, axis, "weight")
         for stage in own.values():
             if isinstance(stage, Regularizer) and stage.works_with:
@@ -48,7 +46,7 @@ def weight_stages(config: RobustQConfig, site: Site, edges: Collection[str]) -> 
         if config.oscillations != "ignore":
             freeze = config.freeze_above if config.oscillations == "freeze" else None
             own["oscillation"] = Oscillation(site.shape, freeze)
-    own["probe"] = WeightProbe(site.axis, site.shape[site.axis])
+    own["probe"] = WeightProbe(site.channels, channels_along(site.shape, site.channels))
     return _beside(site, own)
 
 
@@ -84,14 +82,14 @@ def mean_bits(config: QuantizerConfig | None, sites: Sequence[Site]) -> float | 
     return sum(bits) / len(bits) if bits else config.bits
 
 
-def _quantizer(config: QuantizerConfig, site: Site, edges: Collection[str], axis: int | None, role: Role) -> Quantizer:
+def _quantizer(config: QuantizerConfig, site: Site, edges: Collection[str], axis: Axis, role: Role) -> Quantizer:
     bits = 8 if site.name in edges else config.bits_of(site.name)
     method = QUANTIZERS[config.method]
     narrow = role == "weight" and method.narrow if config.narrow is None else config.narrow
     grid = Grid(bits=bits, narrow=narrow, axis=axis)
-    channels = site.shape[axis] if axis is not None else 1
+    channels = channels_along(site.shape, axis)
     quantizer = method(grid, channels, role, **config.options)
-    quantizer.product = not isinstance(site.module, nn.Embedding)
+    quantizer.product = not isinstance(site.module, nn.Embedding | RECURRENT)
     quantizer.site = site.name
     return quantizer
 

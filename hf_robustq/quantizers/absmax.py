@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from hf_robustq.functional import SMALLEST, fake_quantize, working_dtype
+from hf_robustq.functional import SMALLEST, fake_quantize, others, working_dtype
 from hf_robustq.grid import Grid
 from hf_robustq.quantizers.quantizer import Role
 from hf_robustq.quantizers.variable_bits import VariableBits
@@ -47,8 +47,7 @@ class Absmax(VariableBits):
 
     @torch.no_grad()
     def _steps(self, x: Tensor) -> Tensor:
-        over = [d for d in range(x.dim()) if self.grid.axis is None or d != self.grid.axis % x.dim()]
-        largest = x.abs().amax(over).to(working_dtype(x)).view(-1)
+        largest = x.abs().amax(others(x, self.grid.axis)).to(working_dtype(x)).view(-1)
         return (largest / (2.0**self.beta - 1)).clamp(min=SMALLEST)
 
     def quantize(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hf_robustq.functional import fake_quantize, no_autocast, working_dtype
+from hf_robustq.functional import fake_quantize, no_autocast, others, working_dtype
 from hf_robustq.grid import Grid
 from hf_robustq.quantizers.quantizer import Role
 from hf_robustq.quantizers.variable_bits import VariableBits
@@ -73,7 +73,7 @@ class DoReFa(VariableBits):
         """max|x|, of everything or of each output channel, to divide by."""
         if self.grid.axis is None:
             return x.abs().amax()
-        return x.abs().amax([d for d in range(x.dim()) if d != self.grid.axis % x.dim()], keepdim=True)
+        return x.abs().amax(others(x, self.grid.axis), keepdim=True)
 
     def _quantize_weight(self, x: Tensor) -> Tensor:
         with no_autocast(x):

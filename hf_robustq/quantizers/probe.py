@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_robustq.functional import fake_quantize
+from hf_robustq.functional import Axis, fake_quantize
 from hf_robustq.grid import Grid
 from hf_robustq.scales import Sample
 from hf_robustq.scales.sample import BINS, accumulate
@@ -31,14 +31,14 @@ class Probe(Stage):
                       configuration changes no module and recompiles nothing
     mode "map"        whatever function it was given
 
-    `channels` is the size of `axis`: a step per tensor is stored `channels` times.
+    `channels` is the number of steps along `axis`: a step per tensor is stored `channels` times.
     """
 
     scale: Tensor
     low: Tensor
     high: Tensor
 
-    def __init__(self, axis: int | None = None, channels: int = 1) -> None:
+    def __init__(self, axis: Axis = None, channels: int = 1) -> None:
         super().__init__()
         self.axis = axis
         self.mode: Literal["off", "observe", "quantize", "map"] = "off"
@@ -60,8 +60,8 @@ class Probe(Stage):
         self.mode, self.mapping = "map", mapping
 
     def quantize(self, grid: Grid, scale: Tensor) -> None:
-        """Quantize from now on with steps `scale` ([C] or [1])."""
-        self.scale.copy_(scale.expand_as(self.scale))
+        """Quantize from now on with steps `scale` ([C], [1], or one for each matrix of a stack)."""
+        self.scale.copy_(scale.repeat_interleave(self.scale.numel() // scale.numel()))
         self.low.fill_(grid.low)
         self.high.fill_(grid.high)
         self.mode = "quantize"
@@ -95,7 +95,7 @@ class WeightProbe(Probe):
     uses: Tensor
     macs: Tensor
 
-    def __init__(self, axis: int, channels: int) -> None:
+    def __init__(self, axis: Axis, channels: int) -> None:
         super().__init__(axis, channels)
         self.keep = False
         self._kept: Tensor | None = None

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_robustq.functional import SMALLEST, autocast_dtype
+from hf_robustq.functional import SMALLEST, along, autocast_dtype
 from hf_robustq.grid import Grid
 from hf_robustq.scales import SCALE_RULES, Sample
 from hf_robustq.sharded import assign, clamp_local, whole
@@ -76,7 +76,7 @@ class Quantizer(Stage, ABC):
 
     def set_steps(self, scale: Tensor) -> None:
         """Take over steps, and the range of the grid."""
-        assign(self.scale, scale)
+        assign(self.scale, scale.clamp(min=SMALLEST))
         self.low.fill_(self.grid.low)
         self.high.fill_(self.grid.high)
         self.initialized.fill_(True)
@@ -141,9 +141,7 @@ class Quantizer(Stage, ABC):
     def steps_along(self, x: Tensor) -> Tensor:
         """`scale`, a constant, in the shape that broadcasts along its axis of `x`."""
         with whole(self.scale) as scale:
-            shape = [1] * x.dim()
-            shape[self.grid.axis or 0] = -1
-            return scale.clamp(min=SMALLEST).view(shape)
+            return along(scale.clamp(min=SMALLEST), x, self.grid.axis)
 
     def set_bits(self, bits: int | None) -> None:
         """Quantize to other bits within the same clip range; None: to the own ones again.

@@ -57,9 +57,11 @@ class Regularizer(Stage, ABC):
                regularised weights / reads per forward, times the fp16 loss scale where there is one
     active     True on the first micro-batch of an optimizer step, which carries the whole penalty
     share      of the strength, by a schedule of its own
+    stacked    the weight is a stack of matrices: the penalty is the mean of those of each
     """
 
     share = 1.0
+    stacked = False
 
     works_with: tuple[str, ...] = ()
     """Methods of `QUANTIZERS`, one of which the weight must have; it is then the stage's `quantizer`. Empty: none."""
@@ -98,6 +100,18 @@ class Regularizer(Stage, ABC):
             of_w, *of_theta = torch.autograd.grad(self.penalty(*inputs) * strength, inputs)
         return grad_output + of_w.to(grad_output.dtype), *(g.to(t.dtype) for g, t in zip(of_theta, theta, strict=True))
 
+    def value(self, w: Tensor) -> Tensor:
+        """0-dim: the penalty of a weight, or of a stack of them."""
+        parts = w.unbind() if self.stacked else [w]
+        return torch.stack([self.penalty(one, *self.penalty_arguments()).float() for one in parts]).nanmean()
+
+    def _of_each(self, grad_output: Tensor, strength: Tensor, w: Tensor, *theta: Tensor) -> tuple[Tensor | None, ...]:
+        """`gradient` of the mean over a stack."""
+        share = strength / w.size(0)
+        found = [self.gradient(g, share, one, *theta) for g, one in zip(grad_output, w, strict=True)]
+        of_w, *of_theta = zip(*found, strict=True)
+        return torch.stack(of_w), *(None if one[0] is None else torch.stack(one).sum(0) for one in of_theta)
+
     def carry(self, strength: Tensor | float, factor: float) -> None:  # noqa: ARG002
         """Take the strength of this optimizer step, of which `factor` is lambda * schedule / number of weights."""
         if isinstance(strength, Tensor):
@@ -115,4 +129,5 @@ class Regularizer(Stage, ABC):
 
     def attach(self, x: Tensor, strength: Tensor) -> Tensor:
         """`x`, with the gradient of the penalty behind it."""
-        return add_gradient(self.gradient, strength, x, *self.penalty_arguments())
+        gradient = self._of_each if self.stacked else self.gradient
+        return add_gradient(gradient, strength, x, *self.penalty_arguments())

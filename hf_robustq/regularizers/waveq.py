@@ -146,6 +146,8 @@ class WaveQ(Regularizer):
         super().bind(quantizer)
         beta = quantizer.grid.bits - quantizer.sign_bits
         self.odd, self.lowest = quantizer.odd, MIN_BITS - quantizer.sign_bits
+        if self.stacked:
+            raise ValueError(f"waveq: works on weights with one step each: add experts to exclude: {quantizer.site}")
         if quantizer.grid.axis is not None:
             raise ValueError("waveq: works on weights with one step each: remove per_channel from weights")
         if self.learn and not self.lowest <= beta <= HIGHEST:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_robustq.functional import Axis, from_rows, rows
 from hf_robustq.grid import Grid
 from hf_robustq.scales.aciq import gauss_clip, moments
 from hf_robustq.scales.mse import mse
@@ -39,13 +40,11 @@ class Codebook(NamedTuple):
     def scaled(self, factor: float) -> Codebook:
         return Codebook(self.levels * factor, self.thresholds * factor)
 
-    def quantize(self, x: Tensor, axis: int | None) -> Tensor:
+    def quantize(self, x: Tensor, axis: Axis) -> Tensor:
         """`x` on the levels, a row for each entry of `axis`; the same shape and dtype."""
-        rows = x[None] if axis is None else x.movedim(axis, 0)
-        flat = rows.reshape(rows.size(0), -1).float().contiguous()
+        flat = rows(x, axis).float().contiguous()
         codes = torch.searchsorted(self.thresholds.to(flat), flat)
-        found = self.levels.to(flat).gather(1, codes).view(rows.shape).to(x.dtype)
-        return found[0] if axis is None else found.movedim(0, axis)
+        return from_rows(self.levels.to(flat).gather(1, codes).to(x.dtype), x, axis)
 
 
 CodebookRule = Callable[[Sample, Grid], Codebook]

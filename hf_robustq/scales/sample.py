@@ -8,6 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_robustq.functional import Axis
+from hf_robustq.functional import rows as by_step
+
 BINS = 2048
 """Bins of a histogram, half of them each side of zero."""
 
@@ -29,13 +32,13 @@ class Sample:
     maximum: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, axis: int | None = None) -> Sample:
+    def of(cls, x: Tensor, axis: Axis = None) -> Sample:
         """The distribution of `x`, per entry of `axis` or over the whole tensor.
 
         Rows of more than `BINS` elements become a histogram where there is one row (a scale searched on
         it differs from one searched on the elements by less than a bin).
         """
-        rows = x.detach().double().reshape(1, -1) if axis is None else x.detach().double().movedim(axis, 0).flatten(1)
+        rows = by_step(x.detach().double(), axis)
         minimum, maximum = rows.amin(1), rows.amax(1)
         if not bool(torch.isfinite(minimum + maximum).all()):
             raise ValueError("non-finite values have no distribution")

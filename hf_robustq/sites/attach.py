@@ -4,7 +4,8 @@
 parameter through `<tensor>_stages`, an ordinary `nn.Sequential`, on every read. Readers of the attribute
 (`F.linear`, `addmm`, a fused attention kernel) see the staged weight; readers of `_parameters` (optimizer,
 `state_dict`, FSDP2, ZeRO-3, safetensors, weight tying) see the user's own parameter under its own name.
-The same subclass passes the module's input through `activation_stages`.
+The same subclass passes the module's input through `activation_stages`. A module may have several staged tensors
+(experts, recurrent layers); its forward then reads each of them once.
 """
 
 from __future__ import annotations
@@ -20,20 +21,26 @@ from torch.distributed.tensor import DTensor
 from hf_robustq.sharded import assign, is_sharded, whole
 from hf_robustq.sites.site import Site
 
+INPUTS = "activation_stages"
 
-@functools.cache
-def staged_class(cls: type[nn.Module], tensor: str) -> type[nn.Module]:
-    """The subclass of `cls` whose `tensor` is staged on read; one per class, so that compiled code is reused."""
+
+def _property(tensor: str) -> property:
+    """The attribute whose read goes through the stages."""
     stages_name = f"{tensor}_stages"
 
     def get(self: nn.Module) -> Any:
         stored = self._parameters[tensor]
         if stored is None or isinstance(stored, DTensor) or stored.is_meta:  # storage, not compute
             return stored
+        known: dict[str, Tensor] | None = self.__dict__.get("_known")
+        if known is not None and tensor in known:
+            return known[tensor]
         try:
             value = getattr(self, stages_name)(stored)
         except AttributeError as error:  # nn.Module.__getattr__ would go on and return the raw parameter
             raise RuntimeError(f"a stage of {tensor} failed: {error}") from error
+        if known is not None:
+            known[tensor] = value
         reads: list[Rebuilt] | None = self.__dict__.get("_reads")
         if reads is not None:
             source = None if is_sharded(stored) else stored  # gathered anew, by then
@@ -42,31 +49,62 @@ def staged_class(cls: type[nn.Module], tensor: str) -> type[nn.Module]:
                 reads.append(Rebuilt(value, lambda: getattr(self, tensor), source))
         return value
 
+    return property(get)
+
+
+@functools.cache
+def staged_class(cls: type[nn.Module], *tensors: str) -> type[nn.Module]:
+    """The subclass of `cls` whose `tensors` are staged on read; one per class, so that compiled code is reused."""
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        stages: Any = self._modules["activation_stages"]
         first = "" if args else next(iter(kwargs))
-        x = args[0] if args else kwargs[first]
-        staged = stages(x)
+        x = staged = args[0] if args else kwargs[first]
+        for name in self.__dict__["_input_stages"]:
+            passed = cast(nn.Module, self._modules[name])(x)
+            staged = passed if name == INPUTS else staged  # the others count calls
         if args:
             args = (staged, *args[1:])
         else:
             kwargs = {**kwargs, first: staged}
-        if not self.__dict__.get("_recompute") or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return cls.forward(self, *args, **kwargs)
-        reads = [] if staged is x else [Rebuilt(staged, lambda: stages(x), x)]
-        object.__setattr__(self, "_reads", reads)
+        once = len(tensors) > 1 and "_known" not in self.__dict__
+        if once:
+            object.__setattr__(self, "_known", {})
         try:
+            if not self.__dict__.get("_recompute") or not torch.is_grad_enabled():
+                return cls.forward(self, *args, **kwargs)
+            reads = [] if staged is x else [Rebuilt(staged, lambda: cast(nn.Module, self._modules[INPUTS])(x), x)]
+            object.__setattr__(self, "_reads", reads)
             with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, reads), _unpack):
                 return cls.forward(self, *args, **kwargs)
         finally:
-            object.__delattr__(self, "_reads")
+            if once:
+                object.__delattr__(self, "_known")
+            self.__dict__.pop("_reads", None)
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         _, _, *state = object.__reduce_ex__(self, protocol)
-        return _rebuild, (cls, tensor), *state
+        return _rebuild, (cls, *tensors), *state
 
-    body = {tensor: property(get), "forward": forward, "__reduce_ex__": reduce, "_unstaged": cls}
-    return type(cls.__name__, (cls,), {**body, "__module__": cls.__module__})
+    body: dict[str, Any] = {tensor: _property(tensor) for tensor in tensors}
+    if issubclass(cls, nn.RNNBase):
+        body |= _recurrent()
+    body |= {"forward": forward, "__reduce_ex__": reduce, "_unstaged": cls, "_tensors": tensors}
+    return cast(type[nn.Module], type(cls.__name__, (cls,), {**body, "__module__": cls.__module__}))
+
+
+def _recurrent() -> dict[str, Any]:
+    """torch's recurrent layers read a list of their weights, which they keep, and which is made anew here."""
+
+    def get(self: nn.RNNBase) -> list[Any]:
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    return {
+        "_flat_weights": property(get, lambda self, value: None),  # noqa: ARG005
+        "_update_flat_weights": lambda self: None,  # noqa: ARG005
+        "flatten_parameters": lambda self: None,  # noqa: ARG005 (of the staged weights, which are new tensors)
+    }
 
 
 class Rebuilt(NamedTuple):
@@ -109,10 +147,23 @@ def _unpack(packed: Any) -> Tensor:
         return packed.make().to(packed.dtype).as_strided(packed.size, packed.stride)
 
 
-def _rebuild(cls: type[nn.Module], tensor: str) -> nn.Module:
+def _rebuild(cls: type[nn.Module], *tensors: str) -> nn.Module:
     """What pickle calls: the staged class is made anew, not looked up by its name."""
-    staged = staged_class(cls, tensor)
+    staged = staged_class(cls, *tensors)
     return staged.__new__(staged)
+
+
+def _staged(module: nn.Module) -> tuple[str, ...]:
+    """The tensors of a module that are staged."""
+    return getattr(type(module), "_tensors", ())
+
+
+def _restage(module: nn.Module, tensors: tuple[str, ...]) -> None:
+    """Give a module the class that stages these of its tensors; its own where there are none."""
+    own = getattr(type(module), "_unstaged", type(module))
+    module.__class__ = staged_class(own, *tensors) if tensors else own
+    if isinstance(module, nn.RNNBase) and not tensors:
+        module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
 
 
 def attach(
@@ -133,7 +184,7 @@ def attach(
     module = site.module
     if isinstance(site.parameter, DTensor):
         raise ValueError(f"{site.name} is sharded already: create RobustQ before wrapping or sharding the model")
-    if hasattr(type(module), "_unstaged"):
+    if site.tensor in _staged(module):
         raise ValueError(f"{site.name} is staged already: use RobustQ.of(model), or detach() it first")
     if "forward" in vars(module):
         raise ValueError(
@@ -144,9 +195,10 @@ def attach(
         object.__setattr__(module, f"{site.tensor}_stages", weight_stages)
     else:
         module.add_module(f"{site.tensor}_stages", _sequence(weight_stages, module.training))
-    module.add_module("activation_stages", _sequence(activation_stages, module.training))
+    module.add_module(site.inputs, _sequence(activation_stages, module.training))
     object.__setattr__(module, "_recompute", recompute)
-    module.__class__ = staged_class(type(module), site.tensor)
+    object.__setattr__(module, "_input_stages", (*vars(module).get("_input_stages", ()), site.inputs))
+    _restage(module, (*_staged(module), site.tensor))
 
 
 def _sequence(stages: dict[str, nn.Module], training: bool) -> nn.Sequential:
@@ -157,12 +209,16 @@ def _sequence(stages: dict[str, nn.Module], training: bool) -> nn.Sequential:
 
 
 def detach(site: Site) -> None:
-    """Undo `attach`: the module gets its own class back; the Parameter object never moved."""
+    """Undo `attach`: the module gets its own class back, when no tensor is left; the Parameter object never moved."""
     module = site.module
-    module.__class__ = type(module)._unstaged  # type: ignore[attr-defined]
+    left = tuple(name for name in vars(module)["_input_stages"] if name != site.inputs)
+    object.__setattr__(module, "_input_stages", left)
+    _restage(module, tuple(name for name in _staged(module) if name != site.tensor))
     delattr(module, f"{site.tensor}_stages")
-    delattr(module, "activation_stages")
-    object.__delattr__(module, "_recompute")
+    delattr(module, site.inputs)
+    if not left:
+        object.__delattr__(module, "_input_stages")
+        object.__delattr__(module, "_recompute")
 
 
 @torch.no_grad()

@@ -7,21 +7,9 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers.pytorch_utils import Conv1D
 
+from hf_robustq.sites.kinds import candidates_of, routers_of
 from hf_robustq.sites.site import LeftOut, Site
-
-OUTPUT_AXIS: dict[type[nn.Module], int] = {
-    nn.Linear: 0,
-    nn.Conv1d: 0,
-    nn.Conv2d: 0,
-    nn.Conv3d: 0,
-    nn.ConvTranspose1d: 1,
-    nn.ConvTranspose2d: 1,
-    nn.ConvTranspose3d: 1,
-    Conv1D: 1,
-}
-"""Modules whose `weight` can be staged, and the axis of its output channels."""
 
 
 def find_sites(
@@ -30,32 +18,37 @@ def find_sites(
     exclude: Sequence[str] = (),
     first_last: bool = False,
     embeddings: bool = False,
+    routers: bool = False,
+    parameters: Sequence[str] = (),
 ) -> tuple[list[Site], list[LeftOut], dict[str, str]]:
     """The weights of a model that can be staged, in registration order; those left out with the reason; the edges.
 
     The edges are the names of the first and last layers' weights, with the word for each (`edge_names`).
 
-    `include`, `exclude`: fnmatch patterns of parameter names; one that matches nothing raises `ValueError`.
-    `first_last=False` leaves out the first layer (where no embedding comes before it) and the output layer.
-    A tensor shared with a module that is no site is left out: both ends of a tie are staged, or neither.
+    `include`, `exclude`, `parameters` (more of them, of modules that are no known layers): fnmatch patterns of
+    parameter names; one that matches nothing raises `ValueError`. `first_last=False` leaves out the first layer (where
+    no embedding comes before it) and the output layer; `routers=False` what chooses experts. A tensor shared with a
+    module that is no site is left out: both ends of a tie are staged, or neither.
     """
     candidates: list[Site] = []
     left: list[LeftOut] = []
     owners: dict[int, list[str]] = {}
+    choosing = set() if routers else routers_of(model)
     for name, module in model.named_modules():
         for tensor, parameter in module._parameters.items():
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append(f"{name}.{tensor}" if name else tensor)
-        site, reason = _candidate(name, module, embeddings)
-        if site is not None and not reason:
-            candidates.append(site)
-        elif site is not None:
-            left.append(LeftOut(site.name, reason))
+        for site, reason in candidates_of(name, module, embeddings, parameters):
+            if reason or name in choosing:
+                left.append(LeftOut(site.name, reason or "a router (routers=True)"))
+            else:
+                candidates.append(site)
 
-    for pattern in (*include, *exclude):
-        if candidates and not any(fnmatchcase(site.name, pattern) for site in candidates):
-            examples = ", ".join(site.name for site in candidates[:3])
-            raise ValueError(f"pattern {pattern!r} matches no weight; weights are named like {examples}")
+    for what, patterns in (("", (*include, *exclude)), ("parameters: ", parameters)):
+        for pattern in patterns:
+            if candidates and not any(fnmatchcase(site.name, pattern) for site in candidates):
+                examples = ", ".join(site.name for site in candidates[:3])
+                raise ValueError(f"{what}pattern {pattern!r} matches no weight; weights are named like {examples}")
 
     edges = edge_names(model, candidates)
     kept: list[Site] = []
@@ -80,29 +73,6 @@ def find_sites(
     return sites, left, edges
 
 
-def _candidate(name: str, module: nn.Module, embeddings: bool) -> tuple[Site | None, str]:
-    def site(tensor: str, axis: int) -> Site:
-        return Site(f"{name}.{tensor}" if name else tensor, module, tensor, axis)
-
-    if isinstance(module, nn.MultiheadAttention):
-        if module.in_proj_weight is None:
-            return None, ""
-        return site("in_proj_weight", 0), ""
-    if isinstance(module, nn.Embedding):
-        return (site("weight", 0), "") if embeddings else (None, "")
-    axis = next((axis for kind, axis in OUTPUT_AXIS.items() if isinstance(module, kind)), None)
-    if axis is None:
-        return None, ""
-    stored = module._parameters.get("weight")
-    if not isinstance(stored, nn.Parameter):
-        return site("weight", axis), "its weight is computed from other tensors (weight norm, parametrization)"
-    if not stored.is_floating_point():
-        return site("weight", axis), f"its weight is stored as {stored.dtype}"
-    if type(module).__name__.startswith(("StdConv2d", "ScaledStdConv2d")):
-        return site("weight", axis), "it standardises its weight after reading it"
-    return site("weight", axis), ""
-
-
 def edge_names(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
     """Names of the first and last layers' weights, with the word for each.
 
@@ -113,6 +83,10 @@ def edge_names(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
     if not sites:
         return {}
     modules = dict(model.named_modules())
+    body = getattr(model, "base_model", model)
+    if isinstance(body, nn.Module) and body is not model:  # a head may be registered before it
+        own = {id(module) for module in body.modules()}
+        sites = sorted(sites, key=lambda site: id(site.module) not in own)
     outputs = [
         getter()
         for module in modules.values()

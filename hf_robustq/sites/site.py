@@ -12,12 +12,22 @@ from hf_robustq.sharded import whole_shape
 
 @dataclass(frozen=True, eq=False)
 class Site:
-    """Where: a module and one of its tensors; `name` is the parameter's in the model, `axis` its output channels."""
+    """Where: a module and one of its tensors.
+
+    name          of the parameter in the model
+    axis          of its output channels
+    stacked       the first dimension counts matrices (experts, say), each of which has steps of its own
+    float_input   why the module's input cannot be quantized for this tensor; empty where it can
+    inputs        the name of the stages of its input, among the module's submodules
+    """
 
     name: str
     module: nn.Module
     tensor: str
     axis: int
+    stacked: bool = False
+    float_input: str = ""
+    inputs: str = "activation_stages"
 
     @property
     def parameter(self) -> Tensor:
@@ -32,12 +42,26 @@ class Site:
         return whole_shape(self.parameter)
 
     @property
+    def channels(self) -> int | tuple[int, int]:
+        """The axis of its output channels, or the axes of its matrices and their output channels."""
+        return (0, self.axis) if self.stacked else self.axis
+
+    def steps_axis(self, per_channel: bool) -> int | tuple[int, int] | None:
+        """What has a step of its own: an output channel or the whole tensor; of a stack, of each matrix."""
+        return self.channels if per_channel else 0 if self.stacked else None
+
+    @property
     def weight_stages(self) -> nn.Sequential:
         return getattr(self.module, f"{self.tensor}_stages")
 
     @property
     def activation_stages(self) -> nn.Sequential:
-        return self.module.activation_stages  # type: ignore[return-value]
+        return getattr(self.module, self.inputs)
+
+    @property
+    def prefixes(self) -> tuple[str, str]:
+        """How the names of what its stages save begin."""
+        return f"{self.name}_stages.", f"{self.name.removesuffix(self.tensor)}{self.inputs}."
 
 
 @dataclass(frozen=True)

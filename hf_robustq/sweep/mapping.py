@@ -11,19 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_robustq.functional import Axis, along, others
 from hf_robustq.grid import Grid
 from hf_robustq.scales import Codebook, Sample
 
 Mapping = Callable[[Tensor], Tensor]
 Rounding = Literal["half_even", "half_away", "floor", "stochastic"]
 Overflow = Literal["saturate", "wrap", "none"]
-
-
-def along(values: Tensor, x: Tensor, axis: int | None) -> Tensor:
-    """[C] values in the shape that broadcasts along `axis` of `x`, in float32."""
-    shape = [1] * x.dim()
-    shape[axis or 0] = -1
-    return values.to(x.device, torch.float32).view(shape)
 
 
 def to_integer(x: Tensor, rounding: Rounding, generator: torch.Generator | None = None) -> Tensor:
@@ -51,7 +45,7 @@ def uniform(
     scale: Tensor,
     low: Tensor,
     high: Tensor,
-    axis: int | None,
+    axis: Axis,
     rounding: Rounding = "half_even",
     overflow: Overflow = "saturate",
     seed: int = 0,
@@ -66,7 +60,7 @@ def uniform(
     def quantize(x: Tensor) -> Tensor:
         if same:
             generator.manual_seed(seed)
-        step, lowest, highest = (along(values, x, axis) for values in (scale, low, high))
+        step, lowest, highest = (along(values.to(x.device, torch.float32), x, axis) for values in (scale, low, high))
         codes = to_integer(x.float() / step, rounding, generator)
         return (into_range(codes, lowest, highest, overflow) * step).to(x.dtype)
 
@@ -88,11 +82,11 @@ def asymmetric(sample: Sample, grid: Grid, scale: Tensor) -> tuple[Tensor, Tenso
     return step, -zero, last - zero
 
 
-def by_codebook(book: Codebook, axis: int | None) -> Mapping:
+def by_codebook(book: Codebook, axis: Axis) -> Mapping:
     return lambda x: book.quantize(x, axis)
 
 
-def corrected(mapping: Mapping, axis: int, variance: bool) -> Mapping:
+def corrected(mapping: Mapping, axis: Axis, variance: bool) -> Mapping:
     """The mapping of a weight with each output channel's mean, or mean and standard deviation, put back.
 
     mean       q + mean(w) - mean(q)
@@ -102,7 +96,7 @@ def corrected(mapping: Mapping, axis: int, variance: bool) -> Mapping:
 
     def quantize(x: Tensor) -> Tensor:
         values, quantized = x.float(), mapping(x.float())
-        over = [d for d in range(x.dim()) if d != axis % x.dim()]
+        over = others(x, axis)
         mean, centre = values.mean(over, keepdim=True), quantized.mean(over, keepdim=True)
         gain = 1.0
         if variance:
@@ -113,11 +107,11 @@ def corrected(mapping: Mapping, axis: int, variance: bool) -> Mapping:
     return quantize
 
 
-def folded(mapping: Mapping, factor: Tensor, axis: int) -> Mapping:
+def folded(mapping: Mapping, factor: Tensor, axis: Axis) -> Mapping:
     """The mapping of a weight times [C] factors, seen from before them: Q(w * g) / g; where g is 0, w itself."""
 
     def quantize(x: Tensor) -> Tensor:
-        g = along(factor, x, axis)
+        g = along(factor.to(x.device, torch.float32), x, axis)
         product = mapping(x.float() * g)
         return torch.where(g == 0, x.float(), product / g).to(x.dtype)
 

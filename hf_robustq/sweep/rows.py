@@ -25,7 +25,8 @@ FACTS = {field.name for field in dataclasses.fields(Setting)} | {
 class Row:
     """One line of a sweep: a setting, its bits, and what was measured under it, on `samples` samples of `dataset`.
 
-    Of `trained`, bits are their mean over the layers where these differ.
+    Of `trained`, bits are their mean over the layers where these differ. `staged`: the share of the elements of all
+    weights in products that these bits are of, where calibration has seen it.
     """
 
     setting: str
@@ -35,6 +36,7 @@ class Row:
     samples: int
     dataset: str = "eval"
     subset: str = "all"
+    staged: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,8 @@ class Sweep:
         sets = {f"{row.samples} samples of {row.dataset} ({row.subset})" for row in self.rows}
         calibration = self.context.get("calibration_samples") if any(row.activations for row in self.rows) else None
         steps = f" Activation steps come from {calibration} training samples." if calibration else ""
-        return f"Measured on {', '.join(sorted(sets))}.{steps}"
+        said = self.context.get("products", "")
+        return f"Measured on {', '.join(sorted(sets))}.{steps}{said and ' '}{said}"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

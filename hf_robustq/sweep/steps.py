@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_robustq import distributed
 from hf_robustq.calibrate import activation_grid, input_probe, weight_probe, weight_sample
+from hf_robustq.functional import Axis
 from hf_robustq.grid import Grid
 from hf_robustq.plugin import RobustQ
 from hf_robustq.quantizers import InputProbe, Role, WeightProbe
@@ -93,7 +94,7 @@ class Steps:
         self.plugin = plugin
         self.model = plugin.model if model is None else model
         self.calibration, self.seed, self.forward = calibration, seed, forward
-        self._samples: dict[tuple[str, Role, int | None, bool], Sample] = {}
+        self._samples: dict[tuple[str, Role, Axis, bool], Sample] = {}
         self._chosen: dict[tuple[str, Role, Grid, str, bool], Tensor | Codebook] = {}
         self._searched: dict[Setting, list[Tensor]] = {}
         self._mappings: dict[tuple[str, Role, Setting], Mapping] = {}
@@ -161,9 +162,9 @@ class Steps:
         if role == "input":
             return mapping
         if (factor := self._gain(site, setting)) is not None:
-            mapping = folded(mapping, factor, site.axis)
+            mapping = folded(mapping, factor, site.channels)
         if setting.correction != "none":
-            mapping = corrected(mapping, site.axis, variance=setting.correction == "variance")
+            mapping = corrected(mapping, site.channels, variance=setting.correction == "variance")
         return mapping
 
     def _grid(self, target: Target, setting: Setting) -> Grid:
@@ -172,7 +173,7 @@ class Steps:
         assert bits is not None
         if role == "input":
             return activation_grid(bits, self._sample(target, setting, None))
-        return Grid(bits=bits, narrow=not setting.full, axis=site.axis if setting.per_channel else None)
+        return Grid(bits=bits, narrow=not setting.full, axis=site.steps_axis(setting.per_channel))
 
     def _choose(self, target: Target, setting: Setting) -> Tensor | Codebook:
         site, role = target
@@ -183,7 +184,7 @@ class Steps:
             self._chosen[key] = rule(self._sample(target, setting, grid.axis), grid)
         return self._chosen[key]
 
-    def _sample(self, target: Target, setting: Setting, axis: int | None) -> Sample:
+    def _sample(self, target: Target, setting: Setting, axis: Axis) -> Sample:
         site, role = target
         key = (site.name, role, axis, setting.fold)
         if key in self._samples:

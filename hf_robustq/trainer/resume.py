@@ -14,7 +14,7 @@ import torch
 
 from hf_robustq.config import RobustQConfig
 from hf_robustq.distributed import differences
-from hf_robustq.plugin import METHOD, RobustQ
+from hf_robustq.plugin import BESIDES, METHOD, RobustQ
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,9 @@ def check_config(checkpoint: Path, plugin: RobustQ) -> None:
     if not file.is_file():
         return  # not a model of transformers
     saved = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
-    if saved.pop("quant_method", None) != METHOD:
+    if saved.get("quant_method") != METHOD:
         raise ValueError(f"{checkpoint} was written without RobustQ: load it as the model instead of resuming from it")
+    saved = {key: value for key, value in saved.items() if key not in BESIDES}
     found = differences(RobustQConfig.from_dict(saved).to_dict(), plugin.config.to_dict())  # what it lacks is default
     if found:
         named = "; ".join(f"{key} is {theirs!r} there and {ours!r} here" for key, theirs, ours in found)

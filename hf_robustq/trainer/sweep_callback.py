@@ -166,6 +166,10 @@ class BitWidthSweepCallback(TrainerCallback):
                     batches, lambda model, batch: run(model, batch)[0], self.lapq_iterations, augmented
                 )
             context["calibration_samples"] = sum(map(count_rows, batches))
+        products = plugin.products
+        if products is not None and products.sentence:
+            context["products"] = products.sentence
+        staged = None if products is None else products.share
         dataloader, batches, subset = self._subset(dataloader)
         try:
             total = len(dataloader) * len(self.settings)
@@ -191,7 +195,8 @@ class BitWidthSweepCallback(TrainerCallback):
             bits: dict[str, Any] = {"weights": s.weights, "activations": s.activations}
             if s.trained:
                 bits = plugin.trained_bits()
-            rows.append(Row(setting=s.name, **bits, metrics=values, samples=samples, dataset=prefix, subset=subset))
+            where = {"samples": samples, "dataset": prefix, "subset": subset, "staged": staged}
+            rows.append(Row(setting=s.name, **bits, metrics=values, **where))
         return Sweep(rows=rows, epoch=trainer.state.epoch, step=trainer.state.global_step, context=context)
 
     def _subset(self, dataloader: DataLoader) -> tuple[DataLoader, Iterator[tuple[Any, int]], str]:
