@@ -154,7 +154,7 @@ class Products:
         counts = [staged, *unstaged.values()] if isinstance(unstaged, Mapping) else []
         if not counts or not all(type(count) is int and count >= 0 for count in counts):
             raise ValueError(f"{where}products: counts of elements, got {str(values)[:80]!r}")
-        return cls(staged=counts[0], unstaged=dict(unstaged))  # pyright: ignore[reportArgumentType]
+        return cls(staged=counts[0], unstaged=dict(unstaged or {}))
 
 
 def reasons(model: nn.Module, left_out: Sequence[LeftOut], unstaged: Collection[str]) -> list[LeftOut]:

@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from transformers import TrainerCallback
 
 from hf_robustq.plugin import RobustQ
 from hf_robustq.plugin.publish import differs, load_state
+from hf_robustq.renaming import saves_other_names
+from hf_robustq.sharded import is_sharded, uses_deepspeed
+from hf_robustq.trainer.resume import by_own_names
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,12 @@ class RobustQCallback(TrainerCallback):
             raise ValueError(
                 "with SatNL or averages a checkpoint holds other weights than the run goes on with, which a stock "
                 "Trainer does not know: use RobustTrainer, or RobustQMixin before your Trainer class"
+            )
+        stock = self.begin is None and state.global_step > 0
+        if stock and not in_pieces(self.plugin.model) and saves_other_names(self.plugin.model):
+            raise ValueError(
+                "a stock Trainer does not find the weights of this architecture in a checkpoint, where transformers "
+                "gives them other names: resume with RobustTrainer, or RobustQMixin before your Trainer class"
             )
         self.plugin.bits.check_phases(state.max_steps)
         if args.load_best_model_at_end and self.plugin.bits.learning():
@@ -123,9 +133,21 @@ class RobustQCallback(TrainerCallback):
         self.plugin.end_micro_batch()
         if self.plugin.bits.learning():
             logger.warning("training ended before bits were fixed: a budget is not met, nor do weights lie on levels")
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None and differs(self.plugin):
-            load_state(self.plugin, state.best_model_checkpoint)
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best(Path(state.best_model_checkpoint))
         self.plugin.watch.check(state.global_step)
+
+    def _load_best(self, checkpoint: Path) -> None:
+        """What the Trainer leaves out when it loads the best checkpoint: renamed weights, and those of a state file."""
+        if not in_pieces(self.plugin.model) and (state := by_own_names(checkpoint, self.plugin.model)) is not None:
+            self.plugin.model.load_state_dict(state)
+        if differs(self.plugin):
+            load_state(self.plugin, checkpoint)
+
+
+def in_pieces(model: torch.nn.Module) -> bool:
+    """Whether FSDP or DeepSpeed has the weights, and loads them from files of its own."""
+    return any(is_sharded(p) or uses_deepspeed(p) for p in model.parameters())
 
 
 def several_gpus(count: int) -> str:

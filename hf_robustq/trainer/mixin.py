@@ -6,6 +6,7 @@ import inspect
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,7 +30,7 @@ from hf_robustq.trainer.batches import calibration_batches, forward
 from hf_robustq.trainer.callback import RobustQCallback, several_gpus
 from hf_robustq.trainer.optimizer import check_section, group_apart, learning_rate_factor
 from hf_robustq.trainer.record import Histograms, card_facts
-from hf_robustq.trainer.resume import check_config, readable
+from hf_robustq.trainer.resume import check_config, own_names, readable
 from hf_robustq.trainer.secret import Secret
 from hf_robustq.trainer.sweep_callback import BitWidthSweepCallback
 
@@ -203,8 +204,11 @@ class RobustQMixin(_AnyTrainer):
         if not checkpoint.is_dir():
             raise ValueError(f"{checkpoint} is no folder: name a checkpoint to resume from")
         check_config(checkpoint, self.robustq)
-        with readable(checkpoint, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled) as folder:
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        with ExitStack() as stack:
+            folder = stack.enter_context(readable(checkpoint, sharded))
             bare = folder != checkpoint and not (folder / "optimizer.pt").exists()
+            folder = folder if sharded else stack.enter_context(own_names(folder, self.robustq.model))
             self._scheduler_state = folder / "scheduler.pt" if bare else None
             self._resumed = folder
             try:

@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from hf_robustq.config import RobustQConfig
 from hf_robustq.distributed import differences
@@ -66,6 +69,44 @@ def readable(checkpoint: Path, sharded: bool) -> Iterator[Path]:
             torch.save(by_number(state), view / "optimizer.pt")
         else:
             logger.warning("%s: DeepSpeed's optimizer state cannot be read here: the optimizer starts anew", checkpoint)
+        yield view
+
+
+def by_own_names(checkpoint: Path, model: Any) -> dict[str, Tensor] | None:
+    """What a checkpoint holds of a model, under the model's names, where its file has others; else None.
+
+    transformers renames, joins and splits tensors when it saves many architectures; its `from_pretrained` undoes that,
+    its Trainer does not. Raises `ValueError` where weights are missing.
+    """
+    files = sorted(checkpoint.glob("model*.safetensors"))
+    names = {name for file in files for name in _names(file)}
+    if not hasattr(type(model), "from_pretrained") or names <= model.state_dict().keys():
+        return None
+    loaded, info = type(model).from_pretrained(checkpoint, output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{checkpoint}: {len(missing)} weights of the model are missing, {missing[0]} among them")
+    with RobustQ.of(loaded).published():
+        return {name: tensor.detach().clone() for name, tensor in loaded.state_dict().items()}
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
+
+
+@contextmanager
+def own_names(checkpoint: Path, model: Any) -> Iterator[Path]:
+    """A checkpoint as the Trainer reads it into this model: itself, or a view of it under the model's names."""
+    state = by_own_names(checkpoint, model)
+    if state is None:
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        view = Path(folder)
+        for path in checkpoint.iterdir():
+            if not path.match("model*.safetensors*"):
+                (view / path.name).symlink_to(path.resolve())
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, view / WEIGHTS[0], {"format": "pt"})
         yield view
 
 
