@@ -37,8 +37,8 @@ Names = frozenset[str]
 class ProductWatch(TorchDispatchMode):
     """While it is entered: `names` of the parameters that are operands of products, and those operands are made of.
 
-    A tensor that is made of parameters and constants alone (a weight that is standardised before its convolution, a
-    row of a table) is followed; what has met the data is not.
+    A tensor that is made of parameters and constants alone (a weight that is standardised before its convolution) is
+    followed; what has met the data is not, nor is what is looked up in a table.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -81,6 +81,8 @@ class ProductWatch(TorchDispatchMode):
         if operands is not None:
             for tensor in _tensors([args[i] for i in operands if i < len(args)]):
                 self.names |= self._of(tensor) or frozenset()
+            made = None
+        elif func.overloadpacket.__name__ == "embedding":
             made = None
         else:
             sources = [self._of(tensor) for tensor in _tensors((args, kwargs))]

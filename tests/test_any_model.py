@@ -5,16 +5,21 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoConfig,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
     SwinConfig,
     SwinForImageClassification,
+    Trainer,
+    TrainerCallback,
 )
 
-from hf_robustq import RobustQ, RobustTrainer, from_pretrained
+from hf_robustq import RobustQ, RobustQCallback, RobustTrainer, from_pretrained
 from tests.architectures import result, small_batch, small_model
 from tests.test_trainer import Rows, arguments, same, weights
 from tests.zoo import images, run, timm_wrapped
@@ -351,3 +356,111 @@ def test_a_dispatch_mode_sees_eager_kernels(monkeypatch):
     with FlopCounterMode(display=False) as counter:
         model(x).sum().backward()
     assert counter.get_total_flops() == 2 * 128 * 2 * 256 * 512 * 2 + 2 * 128 * 256 * 512
+
+
+def vit_trainer(folder, cls=RobustTrainer, model=None, **options):
+    own, _, data = case("ViTForImageClassification")
+    args = arguments(folder, max_steps=4, save_strategy="steps", save_steps=1, per_device_train_batch_size=2, **options)
+    return cls(model=own if model is None else model, args=args, eval_dataset=data["train_dataset"], **data)
+
+
+class WorseAndWorse(TrainerCallback):
+    """The first evaluation is the best; keeps the weights of that moment."""
+
+    def __init__(self, model):
+        self.model, self.state = model, None
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        kwargs["metrics"]["eval_loss"] = float(state.global_step)
+        if state.global_step == 1:
+            self.state = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_the_best_model_is_loaded_where_its_weights_have_other_names_in_the_file(tmp_path, stock):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
+    options = {"eval_strategy": "steps", "eval_steps": 1, **best}
+    if stock:
+        model, batch, _ = case("ViTForImageClassification")
+        plugin = RobustQ(model, CONFIG)
+        plugin.calibrate([batch], run)
+        trainer = vit_trainer(tmp_path, Trainer, model, **options)
+        trainer.add_callback(RobustQCallback(plugin))
+    else:
+        trainer = vit_trainer(tmp_path, lambda **own: RobustTrainer(robustq=CONFIG, sweep=(), **own), **options)
+    watch = WorseAndWorse(trainer.model)
+    trainer.add_callback(watch)
+    trainer.train()
+    assert trainer.state.best_global_step == 1 and trainer.state.global_step == 4
+    moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, watch.state[name])}
+    assert not {name for name in moved if "probe" not in name}
+
+
+def test_a_stock_trainer_that_would_resume_without_the_weights_is_refused(tmp_path):
+    def trainer():
+        model, batch, _ = case("ViTForImageClassification")
+        plugin = RobustQ(model, CONFIG)
+        plugin.calibrate([batch], run)
+        found = vit_trainer(tmp_path, Trainer, model)
+        found.add_callback(RobustQCallback(plugin))
+        return found
+
+    trainer().train()
+    with pytest.raises(ValueError, match="does not find the weights of this architecture in a checkpoint"):
+        trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path):
+    trainer = vit_trainer(tmp_path, lambda **own: RobustTrainer(robustq=CONFIG, sweep=(), **own))
+    trainer.train()
+    file = tmp_path / "checkpoint-2" / "model.safetensors"
+    state = load_file(file)
+    del state["vit.layernorm.weight"]
+    save_file(state, file, {"format": "pt"})
+    again = vit_trainer(tmp_path, lambda **own: RobustTrainer(robustq=CONFIG, sweep=(), **own))
+    with pytest.raises(ValueError, match=r"1 weights of the model are missing, vit\.layernorm\.weight among them"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_weights_that_are_standardised_are_named_and_counted(caplog):
+    model = timm_wrapped("test_nfnet")
+    plugin = RobustQ(model, {"weights": {"bits": 4}})
+    plugin.calibrate([images()], run)
+    convolutions = [
+        name for name, module in model.named_modules() if type(module).__name__.startswith("ScaledStdConv2d")
+    ]
+    names = [f"{name}.weight" for name in convolutions]
+    assert names and set(names) <= plugin.products.unstaged.keys() and plugin.products.share < 0.9
+    assert "staged; in float" in caplog.text
+    assert all(f"left out: {name}: it standardises its weight after reading it" in repr(plugin) for name in names)
+
+
+def test_relative_positions_that_are_multiplied_by_are_named():
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = DebertaV2Config(
+        **sizes, intermediate_size=48, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8
+    )
+    model = DebertaV2ForSequenceClassification(config).eval()
+    plugin = RobustQ(model, {"weights": {"bits": 4}})
+    plugin.calibrate([small_batch(model)], run)
+    assert "deberta.encoder.rel_embeddings.weight" in plugin.products.unstaged
+    assert "rel_embeddings.weight: an embedding that is multiplied by" in repr(plugin)
+    assert not any("word_embeddings" in name or "position_embeddings" in name for name in plugin.products.unstaged)
+
+
+def test_a_linear_layer_of_somebody_elses_own_is_staged():
+    class Own(nn.Module):
+        def __init__(self, *shape):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.zeros(shape[0]))
+
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), Own(7, 6), nn.Linear(7, 3)), torch.randn(5, 6)
+    plugin = RobustQ(model, {"weights": {"bits": 3, "per_channel": True}, "activations": {"bits": 8}})
+    plugin.calibrate([x], lambda model, batch: model(batch))
+    assert [site.name for site in plugin.sites] == ["1.weight"]
+    assert [(one.name, one.reason) for one in plugin.float_inputs] == [("1.weight", "its module is no known layer")]
+    assert all(row.unique().numel() <= 7 for row in model[1].weight)

@@ -45,8 +45,8 @@ ALLOWED = {
     "models": {"models"},
     "parsing": {"metrics", "parsing"},
     "trainer": {
-        "calibrate", "card", "config", "distributed", "optim", "plugin", "renaming", "report", "schedules", "sharded",
-        "sweep", "trainer",
+        "calibrate", "card", "config", "distributed", "optim", "plugin", "products", "renaming", "report", "schedules",
+        "sharded", "sweep", "trainer",
     },
     "cli": {
         "__version__", "analysis", "card", "cli", "config", "data", "hub", "metrics", "models", "optim", "plugin",

@@ -34,7 +34,7 @@ MATRICES = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "v1", "w3
 RAW = "its module is no known layer"
 """Why the input of what a module holds itself stays float."""
 
-ROUTER = re.compile(r"Router|TopK\w*Gate|MoE\w*Gate|Top\dGate", re.IGNORECASE)
+ROUTER = re.compile(r"(Router|(TopK|Top\d|MoE)\w*Gate)$", re.IGNORECASE)
 ROUTER_NAMES = ("gate", "router", "wg")
 
 

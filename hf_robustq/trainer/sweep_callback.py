@@ -8,6 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from hf_robustq.calibrate import undisturbed
 from hf_robustq.plugin import RobustQ
+from hf_robustq.products import Products, ProductWatch
 from hf_robustq.report import SWEEP_FILE
 from hf_robustq.sweep import (
     DEFAULT_SETTINGS,
@@ -166,10 +168,6 @@ class BitWidthSweepCallback(TrainerCallback):
                     batches, lambda model, batch: run(model, batch)[0], self.lapq_iterations, augmented
                 )
             context["calibration_samples"] = sum(map(count_rows, batches))
-        products = plugin.products
-        if products is not None and products.sentence:
-            context["products"] = products.sentence
-        staged = None if products is None else products.share
         dataloader, batches, subset = self._subset(dataloader)
         try:
             total = len(dataloader) * len(self.settings)
@@ -188,6 +186,10 @@ class BitWidthSweepCallback(TrainerCallback):
                 calibration=calibration,
                 seed=plugin.config.seed,
             )
+        products = plugin.products
+        assert products is not None
+        if products.sentence:
+            context["products"] = products.sentence
         rows = []
         for s in self.settings:
             values = measured[s.name]
@@ -195,7 +197,7 @@ class BitWidthSweepCallback(TrainerCallback):
             bits: dict[str, Any] = {"weights": s.weights, "activations": s.activations}
             if s.trained:
                 bits = plugin.trained_bits()
-            where = {"samples": samples, "dataset": prefix, "subset": subset, "staged": staged}
+            where = {"samples": samples, "dataset": prefix, "subset": subset, "staged": products.share}
             rows.append(Row(setting=s.name, **bits, metrics=values, **where))
         return Sweep(rows=rows, epoch=trainer.state.epoch, step=trainer.state.global_step, context=context)
 
@@ -216,7 +218,8 @@ class BitWidthSweepCallback(TrainerCallback):
         inputs, real = batch
         trainer = self.trainer
         loss_only = trainer.compute_metrics is None or bool(trainer.args.prediction_loss_only)
-        loss, logits, labels = trainer.prediction_step(model, dict(inputs), prediction_loss_only=loss_only)
+        with self._seeing_products():
+            loss, logits, labels = trainer.prediction_step(model, dict(inputs), prediction_loss_only=loss_only)
         bar.update()
         accelerator = trainer.accelerator
         if labels is not None:
@@ -233,6 +236,16 @@ class BitWidthSweepCallback(TrainerCallback):
 
         own = count_rows(inputs)
         return gathered(loss.repeat(own) if loss is not None else None), gathered(logits), gathered(labels), real
+
+    @contextmanager
+    def _seeing_products(self) -> Iterator[None]:
+        """The plugin learns which weights are multiplied by, where no calibration has told it."""
+        if self.plugin.products is not None:
+            yield
+            return
+        with ProductWatch(self.plugin.model) as watch:
+            yield
+        self.plugin.know(Products.of(self.plugin.model, self.plugin.sites, watch.names))
 
     def _score(self, predicted: list[tuple[Any, Any, Any, int]]) -> dict[str, float]:
         losses, logits, labels = (_join([one[column] for one in predicted]) for column in range(3))
