@@ -41,8 +41,8 @@ ALLOWED = {
         "calibrate", "card", "config", "distributed", "optim", "plugin", "report", "schedules", "sweep", "trainer",
     },
     "cli": {
-        "__version__", "analysis", "card", "cli", "config", "data", "hub", "metrics", "models", "optim", "plugin",
-        "quantizers", "recipe", "regularizers", "reparam", "report", "scales", "sweep", "trainer",
+        "__version__", "analysis", "card", "cli", "config", "data", "hub", "metrics", "models", "optim", "parsing",
+        "plugin", "quantizers", "recipe", "regularizers", "reparam", "report", "scales", "sweep", "trainer",
     },
     "analysis": {"analysis", "calibrate", "functional", "plugin", "reparam", "scales", "sharded", "sites", "sweep"},
     "recipe": {
