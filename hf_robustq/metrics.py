@@ -1,6 +1,9 @@
-"""Accuracy and attachment scores without a network: as functions, and each as an `evaluate.Metric`."""
+"""Scores without a network: accuracy, dependencies, entities, answers; the first two as `evaluate.Metric` too."""
 
 import functools
+import re
+import string
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +66,60 @@ def dependency_scores(predictions: Iterable[Annotated], references: Iterable[Ann
 
 def _universal(label: str) -> str:
     return label.split(":")[0]
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """(type, first, after the last) of each entity of a sentence: tags as B-LOC, I-LOC, O; E- and S- (L-, U-) too.
+
+    As conlleval has it: an I- without a beginning, or of another type than the tag before, begins an entity.
+    """
+    found: list[tuple[str, int, int]] = []
+    before, inside = "", False
+    for i, tag in enumerate(tags):
+        prefix, _, kind = tag.partition("-")
+        begins = prefix != "O" and (prefix in "BSU" or not inside or kind != before)
+        if begins:
+            found.append((kind, i, i + 1))
+        elif prefix != "O":
+            found[-1] = (kind, found[-1][1], i + 1)
+        before, inside = kind, prefix != "O" and prefix not in "ESLU"
+    return set(found)
+
+
+def entity_scores(predictions: Iterable[Sequence[str]], references: Iterable[Sequence[str]]) -> dict[str, float]:
+    """{"f1", "precision", "recall"}: fractions (0..1) over the entities of all sentences; type and both ends count."""
+    right = guessed = there = 0
+    for ours, gold in zip(predictions, references, strict=True):
+        one, other = entities(ours), entities(gold)
+        right, guessed, there = right + len(one & other), guessed + len(one), there + len(other)
+    scores = {"f1": (2 * right, guessed + there), "precision": (right, guessed), "recall": (right, there)}
+    return {name: count / of if of else 0.0 for name, (count, of) in scores.items()}
+
+
+def answer_scores(predictions: Iterable[str], references: Iterable[Sequence[str]]) -> dict[str, float]:
+    """{"f1", "exact_match"}: fractions (0..1) as SQuAD's evaluation has them (arXiv 1606.05250, section 6.1).
+
+    references: the answers of each question, of which the best match counts; none: it has no answer, which "" is.
+    """
+    found = []
+    for ours, answers in zip(predictions, references, strict=True):
+        golds = [gold for gold in map(_words, answers) if gold] or [[]]
+        found.append([max(_overlap(_words(ours), gold) for gold in golds), float(_words(ours) in golds)])
+    if not found:
+        raise ValueError("no answer to score: the evaluation set is empty.")
+    f1, exact = np.mean(found, axis=0)
+    return {"f1": float(f1), "exact_match": float(exact)}
+
+
+def _words(text: str) -> list[str]:
+    """Lower case, without punctuation and articles."""
+    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def _overlap(ours: Sequence[str], gold: Sequence[str]) -> float:
+    same = sum((Counter(ours) & Counter(gold)).values())
+    return 2 * same / (len(ours) + len(gold)) if ours and gold else float(ours == gold)
 
 
 @functools.cache

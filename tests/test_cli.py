@@ -272,7 +272,11 @@ def test_models_of_texts(texts, task, tmp_path):
         else:
             joined = [token for ids in tokenizer(sentences["sentence"][:])["input_ids"] for token in ids]
             blocks = torch.tensor(joined[: len(joined) // 16 * 16]).view(-1, 16)
-            assert fp["loss"] == pytest.approx(float(model(blocks, labels=blocks).loss), rel=1e-5)
+            output = model(blocks, labels=blocks)
+            right = (output.logits[:, :-1].argmax(-1) == blocks[:, 1:]).float().mean()
+            assert fp["loss"] == pytest.approx(float(output.loss), rel=1e-5)
+            assert fp["perplexity"] == pytest.approx(float(output.loss.exp()), rel=1e-4)
+            assert fp["accuracy"] == pytest.approx(float(right))
             assert fp["samples"] == len(blocks)
 
 

@@ -49,8 +49,8 @@ ALLOWED = {
         "sharded", "sweep", "trainer",
     },
     "cli": {
-        "__version__", "analysis", "card", "cli", "config", "data", "hub", "metrics", "models", "optim", "plugin",
-        "quantizers", "recipe", "regularizers", "reparam", "report", "scales", "sweep", "trainer",
+        "__version__", "analysis", "card", "cli", "config", "data", "hub", "metrics", "models", "optim", "parsing",
+        "plugin", "quantizers", "recipe", "regularizers", "reparam", "report", "scales", "sweep", "trainer",
     },
     "analysis": {"analysis", "calibrate", "functional", "plugin", "reparam", "scales", "sharded", "sites", "sweep"},
     "recipe": {

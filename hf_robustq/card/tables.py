@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from hf_robustq.report.charts import is_share, title
+from hf_robustq.report.chart import is_share
+from hf_robustq.report.charts import title
 from hf_robustq.sweep import Row, Sweep
 
 

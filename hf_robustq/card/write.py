@@ -15,7 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from hf_robustq.card.facts import versions as current_versions
 from hf_robustq.card.tables import escaped, moment, table_by_method
 from hf_robustq.report import RUN_FILE, Bars, Lines, save_png
-from hf_robustq.report.charts import by_bits, is_share, step_ratios, title
+from hf_robustq.report.chart import is_share
+from hf_robustq.report.charts import by_bits, step_ratios, title
 from hf_robustq.size import Size
 from hf_robustq.sweep import Setting, Sweep, read_json, write_json
 

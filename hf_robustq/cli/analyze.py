@@ -28,15 +28,8 @@ from hf_robustq.cli.tasks import add_task, check_calibration, load_task, prepare
 from hf_robustq.sweep import Calibration, Steps, parse_settings
 
 SAID = (
-    "model",
-    "data",
-    "weights",
-    "first_last",
-    "eval_split",
-    "samples",
-    "calibration_split",
-    "calibration_samples",
-    "seed",
+    *("model", "data", "weights", "first_last", "eval_split", "samples", "calibration_split", "calibration_samples"),
+    *("seed", "metric"),
 )
 PARTS = ("statistics", "quantizers", "sqnr", "divergence", "sensitivity", "sharpness")
 
@@ -52,13 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_task(parser)
 
 
-def _metrics(outputs: list[tuple[float, int | None, int]]) -> dict[str, float]:
-    """The mean loss, and the accuracy where each sample has a class."""
-    losses, hits, counts = zip(*outputs, strict=True)
-    found = {"loss": float(np.average(losses, weights=counts))}
-    return found if hits[0] is None else {**found, "accuracy": sum(hits) / sum(counts)}
-
-
 def _plain(value: Any) -> Any:
     """What JSON can hold."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -71,7 +57,8 @@ def _plain(value: Any) -> Any:
 def run(args: argparse.Namespace) -> None:
     from accelerate.utils import send_to_device
 
-    from hf_robustq.trainer.batches import calibration_batches, forward
+    from hf_robustq.trainer.batches import calibration_batches, count_rows, forward
+    from hf_robustq.trainer.predictions import predicted, scores
 
     settings = parse_settings(args.settings)
     alone = [setting.name for setting in settings if setting.own or setting.reestimate]
@@ -82,7 +69,8 @@ def run(args: argparse.Namespace) -> None:
     check_calibration(args)
     task = load_task(args.model, args)
     plugin, trainer = prepare(task, args, args.out.parent)
-    batches = list(calibration_batches(trainer, task.evaluation, args.samples, args.seed))
+    samples = args.samples if task.samples is None else len(task.evaluation)
+    batches = list(calibration_batches(trainer, task.evaluation, samples, args.seed))
     known = list(calibration_batches(trainer, task.train, args.calibration_samples, args.seed))
     augmented = list(calibration_batches(trainer, task.train, args.calibration_samples, args.seed, augmented=True))
     call = forward(trainer)
@@ -90,10 +78,11 @@ def run(args: argparse.Namespace) -> None:
     if any(setting.activations for setting in settings):
         plugin.observe(known, call, activations=True)
 
-    def predict(model: Any, batch: Any) -> tuple[float, int | None, int]:
-        loss, logits, labels = trainer.prediction_step(model, dict(batch), prediction_loss_only=False)
-        hits = int((logits.argmax(-1) == labels).sum()) if labels.dim() == 1 else None
-        return float(loss), hits, len(labels)
+    def predict(model: Any, batch: Any) -> Any:
+        return predicted(trainer, model, batch, count_rows(batch))
+
+    def score(outputs: list[Any]) -> dict[str, float]:
+        return scores(trainer, outputs)
 
     def loss(model: Any, batch: Any) -> Tensor:
         return model(**send_to_device(dict(batch), trainer.args.device)).loss
@@ -125,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
             own["divergence"] = output_divergence(plugin, batches, call, setting, calibration)
             write(f"{setting.name}: divergence")
         if "sensitivity" in args.parts:
-            own["sensitivity"] = layer_sensitivity(plugin, batches, predict, _metrics, setting, calibration)
+            own["sensitivity"] = layer_sensitivity(plugin, batches, predict, score, setting, calibration)
             write(f"{setting.name}: sensitivity")
     if "sharpness" in args.parts:
         where = ("stored", "quantized") if plugin.config.weights else ("stored",)

@@ -3,6 +3,7 @@
     robustq sweep outputs/kure --data <cifar10 folder> --bits 8 6 5 4 3 2 --methods mse aciq lapq --out sweeps/kure
     robustq sweep resnet20_cifar --weights <file> --data <cifar10 folder> --bits 4 3 --steps 0.7:1.3 --out sweeps/steps
     robustq sweep outputs/float outputs/kure --data <cifar10 folder> --settings w4 w4@log2 w4@kmeans --out sweeps/all
+    robustq sweep outputs/ctc --data <folder> --metric metrics.py:wer --bits 8 4 --out sweeps/ctc
 
 Each --bits is crossed with each of --methods, --also and --steps; --settings are added as they are. The folder gets
 rows.json, rows.csv, rows.parquet (a row for each model and setting, with the seed and the calibration set) and
@@ -29,13 +30,13 @@ from hf_robustq.cli.tasks import Task, add_task, check_calibration, load_task, p
 from hf_robustq.quantizers import LEARNED
 from hf_robustq.scales import CODEBOOK_RULES, SCALE_RULES
 from hf_robustq.sweep import MODIFIERS, Setting, measured_sweeps, parse_settings, read_json, write_json
-from hf_robustq.sweep.rows import VERSION
+from hf_robustq.sweep.rows import FACTS, VERSION
 from hf_robustq.sweep.settings import LAPQ
 
 IDENTITY = (
     *("data", "weights", "first_last", "exclude", "weights_only", "calibration_split", "calibration_samples"),
     *("eval_split", "max_samples", "batch_size", "lapq_iterations", "seed", "image_column_name", "label_column_name"),
-    *("text_column_name", "image_size", "block_size"),
+    *("text_column_name", "audio_column_name", "image_size", "block_size", "metric"),
 )
 """The arguments that rows of one folder have in common."""
 
@@ -146,8 +147,9 @@ class Records:
         write(str(draft))
         draft.replace(self.folder / name)
 
-    def table(self, settings: Sequence[Setting], metric: str) -> str:
-        """Models down, settings across."""
+    def table(self, settings: Sequence[Setting]) -> str:
+        """Models down, settings across, of the metric that the first row has first."""
+        metric = next(key for key in self.rows[0] if key not in FACTS)
         order = {setting.name: i for i, setting in enumerate(settings)}
         rows = [{metric: math.nan, **row} for row in self.rows if row["setting"] in order]
         return table(measured_sweeps(sorted(rows, key=lambda row: order[row["setting"]]), self.identity), metric)
@@ -173,7 +175,7 @@ def measure(name: str, task: Task, settings: Sequence[Setting], args: argparse.N
             trainer,
             plugin,
             group,
-            max_samples=args.max_samples,
+            max_samples=args.max_samples if task.samples is None else None,
             calibration_dataset=task.train,
             lapq_iterations=args.lapq_iterations,
         )
@@ -184,12 +186,15 @@ def measure(name: str, task: Task, settings: Sequence[Setting], args: argparse.N
             reads = setting.needs_calibration or (setting.activations and not setting.own)
             samples = found.context.get("calibration_samples")
             calibration = f"{args.calibration_split}: {samples} samples, seed {args.seed}" if reads else None
-            print(f"{name}  {row.setting:24s} {task.metric} {row.metrics[task.metric]:.4f}", flush=True)
+            metric, value = next(iter(row.metrics.items()))
+            print(f"{name}  {row.setting:24s} {metric} {value:.4f}", flush=True)
             facts = {"model": name, "setting": row.setting, **dataclasses.asdict(setting)}
             facts |= {"weights": row.weights, "activations": row.activations}
             method = facts.pop("scale")
             facts["method"] = method if setting.weights or setting.activations else None
-            facts |= {**row.metrics, "samples": row.samples, "subset": row.subset, "calibration": calibration}
+            facts |= {**row.metrics, "samples": row.samples, "subset": row.subset, "staged": row.staged}
+            facts["calibration"] = calibration
+            facts |= {"samples": task.samples, "subset": task.subset} if task.samples is not None else {}
             rows.append({**facts, "data": args.data, "split": args.eval_split, "seed": args.seed, "seconds": seconds})
         records.add(rows)
 
@@ -207,13 +212,9 @@ def run(args: argparse.Namespace) -> None:
     settings = parse_settings(settings_of(args))
     check_calibration(args)
     records = Records(args.out, {key: getattr(args, key) for key in IDENTITY})
-    metric = "accuracy"
     for name in args.models:
-        if not records.missing(name, settings):
-            continue
-        task = load_task(name, args)
-        metric = task.metric
-        measure(name, task, settings, args, records)
-    text = records.table(settings, metric if metric in records.rows[0] else "loss")
+        if records.missing(name, settings):
+            measure(name, load_task(name, args), settings, args, records)
+    text = records.table(settings)
     (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n\n{len(records.rows)} rows in {args.out}/rows.json, rows.csv, rows.parquet")

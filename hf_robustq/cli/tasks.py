@@ -5,44 +5,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from hf_robustq.cli.kinds import KINDS, Kind, Task
+from hf_robustq.cli.scores import metric_function
 from hf_robustq.config import RobustQConfig
 from hf_robustq.data.splits import EVAL_SPLITS
 from hf_robustq.hub import check_folder
-from hf_robustq.metrics import accuracy
 from hf_robustq.plugin import RobustQ
-from hf_robustq.recipe import ImageArguments, image_task
-
-TIMM = "TimmWrapperForImageClassification"
 
 
-@dataclass(frozen=True)
-class Task:
-    """A model with its training set (for calibration) and evaluation set, as a Trainer takes them."""
+def kind_of(name: str) -> Kind:
+    """By the class that `config.json` names; timm's wrapper for a name that is neither a folder nor a Hub id.
 
-    model: Any
-    train: Any
-    evaluation: Any
-    metric: str
-    options: dict[str, Any]
-
-
-def classes(logits: Any, labels: Any) -> torch.Tensor:  # noqa: ARG001
-    """What `compute_metrics` needs of logits: the sweep keeps the predictions of every setting until the end."""
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
-
-
-def class_accuracy(predicted: Any) -> dict[str, float]:
-    return {"accuracy": accuracy(predicted.predictions, predicted.label_ids)}
-
-
-def architecture(name: str) -> str:
-    """The class that `config.json` names; timm's wrapper for a name that is neither a folder nor a Hub id."""
+    Raises `ValueError` for a class of none of `KINDS`.
+    """
     from transformers import AutoConfig
 
     if "/" not in name and not Path(name).exists():
@@ -52,14 +30,20 @@ def architecture(name: str) -> str:
 
         if not timm.is_model(name):
             raise ValueError(f"{name} is no folder, no Hub id (owner/name) and no architecture of timm")
-        return TIMM
+        return KINDS[0]
     check_folder(Path(name))
     config = AutoConfig.from_pretrained(name)
     if config.model_type == "timm_wrapper":
-        return TIMM
+        return KINDS[0]
     if not config.architectures:
         raise ValueError(f"{name}/config.json names no architecture: save the model with save_pretrained")
-    return config.architectures[0]
+    found = next((kind for kind in KINDS if kind.has(config)), None)
+    if found is None:
+        raise ValueError(
+            f"{name} is a {config.architectures[0]}: this command knows {', '.join(kind.name for kind in KINDS)}; for "
+            "others call hf_robustq.sweep(plugin, batches, predict, metric, settings)"
+        )
+    return found
 
 
 def check_calibration(args: argparse.Namespace) -> None:
@@ -86,8 +70,21 @@ def check_calibration(args: argparse.Namespace) -> None:
 
 
 def load_task(name: str, args: argparse.Namespace) -> Task:
-    """Raises `ValueError` for a model whose task is none of those known, or with a tensor that is not finite."""
-    task = _load(name, args)
+    """Raises `ValueError` for a model of none of `KINDS`, or with a tensor that is not finite."""
+    import transformers
+
+    kind = kind_of(name)
+    if kind.own_metric and args.metric is None:
+        raise ValueError(
+            f"{name} is for {kind.name}, which has no metric here: give yours with --metric module:function, a "
+            "Trainer's compute_metrics"
+        )
+    own = metric_function(args.metric) if args.metric else {}
+    if args.data is None and kind is not KINDS[0]:
+        raise ValueError(f"{name} is for {kind.name}: name a dataset with --data")
+    task = kind.load(getattr(transformers, kind.auto), name, args)
+    if own:
+        task = dataclasses.replace(task, options={**task.options, "preprocess_logits_for_metrics": None, **own})
     for tensor, values in task.model.state_dict().items():
         if values.is_floating_point() and not bool(values.isfinite().all()):
             raise ValueError(f"{name}: non-finite values in {tensor}")
@@ -96,74 +93,11 @@ def load_task(name: str, args: argparse.Namespace) -> Task:
     return task
 
 
-def _load(name: str, args: argparse.Namespace) -> Task:
-    kind = architecture(name)
-    if kind.endswith("ForImageClassification"):
-        flags = ImageArguments(
-            model_name_or_path=name,
-            weights=args.weights,
-            dataset_name=args.data,
-            image_column_name=args.image_column_name,
-            label_column_name=args.label_column_name,
-            train_split=args.calibration_split,
-            eval_split=args.eval_split,
-            image_size=args.image_size,
-        )
-        train, evaluation, model, _ = image_task(flags, args.seed)
-        return Task(model, train, evaluation, "accuracy", _classification())
-    if kind.endswith("ForSequenceClassification"):
-        return _texts(name, args)
-    if kind.endswith(("ForCausalLM", "LMHeadModel")):
-        return _language(name, args)
-    raise ValueError(
-        f"{name} is a {kind}: this command knows image classification, sequence classification and causal language "
-        "models; for others call hf_robustq.sweep(plugin, batches, predict, metric, settings)"
-    )
-
-
-def _classification() -> dict[str, Any]:
-    return {"compute_metrics": class_accuracy, "preprocess_logits_for_metrics": classes}
-
-
-def _texts(name: str, args: argparse.Namespace) -> Task:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
-
-    from hf_robustq.data.texts import classified_texts
-
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    splits = {"train_split": args.calibration_split, "eval_split": args.eval_split}
-    columns = {"text": args.text_column_name, "label": args.label_column_name}
-    train, evaluation, labels = classified_texts(_named(args), tokenizer, **columns, **splits)
-    model = AutoModelForSequenceClassification.from_pretrained(name)
-    if model.config.num_labels != len(labels):
-        raise ValueError(f"{name} has {model.config.num_labels} outputs but the dataset has {len(labels)} labels")
-    options = {**_classification(), "data_collator": DataCollatorWithPadding(tokenizer)}
-    return Task(model, train, evaluation, "accuracy", options)
-
-
-def _language(name: str, args: argparse.Namespace) -> Task:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, default_data_collator
-
-    from hf_robustq.data.texts import running_text
-
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name)
-    length = min(args.block_size, getattr(model.config, "max_position_embeddings", args.block_size))
-    splits = {"train_split": args.calibration_split, "eval_split": args.eval_split}
-    train, evaluation = running_text(_named(args), tokenizer, text=args.text_column_name, length=length, **splits)
-    return Task(model, train, evaluation, "loss", {"data_collator": default_data_collator})
-
-
-def _named(args: argparse.Namespace) -> str:
-    if args.data is None:
-        raise ValueError("name a dataset of texts with --data")
-    return args.data
-
-
 def add_task(parser: argparse.ArgumentParser) -> None:
     """The arguments that say what model, and on what data."""
     add = parser.add_argument
     add("--data", help="Hub id or folder of the dataset; default, for images: the embedded digits")
+    add("--metric", metavar="WHERE:FUNCTION", help="of a module or a .py file: compute_metrics instead of the task's")
     add("--weights", help=".safetensors file for an architecture")
     add("--first_last", default="float", help="first and last layer of a model without quantizers: float, 8 or same")
     add("--exclude", nargs="+", default=[], help="patterns of weights to leave alone, of such a model")
@@ -175,10 +109,11 @@ def add_task(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, default=128, help="default: 128")
     add("--seed", type=int, default=0, help="of the calibration set and of stochastic rounding")
     add("--image_column_name")
-    add("--label_column_name")
-    add("--text_column_name", nargs="+", default=[])
+    add("--audio_column_name")
+    add("--label_column_name", help="of classes, of a word's tags, of answers, or of objects with their boxes")
+    add("--text_column_name", nargs="+", default=[], help="two for a pair: SOURCE TARGET, QUESTION CONTEXT")
     add("--image_size", type=int)
-    add("--block_size", type=int, default=512, help="tokens of a language model's sample")
+    add("--block_size", type=int, default=512, help="tokens of a language model's sample, or of a question's window")
 
 
 def prepare(task: Task, args: argparse.Namespace, folder: Path) -> tuple[RobustQ, Any]:
@@ -202,6 +137,7 @@ def prepare(task: Task, args: argparse.Namespace, folder: Path) -> tuple[RobustQ
         seed=args.seed,
         dataloader_pin_memory=False,
         disable_tqdm=not sys.stderr.isatty(),
+        **task.training,
     )
     trainer = RobustTrainer(
         model=task.model,

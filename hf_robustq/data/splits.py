@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 IN_MEMORY_SIZE = 64
 
 EVAL_SPLITS = ("validation", "valid", "test")
+STRINGS = ("string", "large_string")
 
 
 def find_columns(features: "datasets.Features", image: str | None = None, label: str | None = None) -> tuple[str, str]:
@@ -24,7 +25,7 @@ def find_columns(features: "datasets.Features", image: str | None = None, label:
     import datasets
 
     images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    return _pick(features, "--image_column_name", image, "Image", images), label_column(features, label)
+    return pick(features, "--image_column_name", image, "Image", images), label_column(features, label)
 
 
 def label_column(features: "datasets.Features", named: str | None) -> str:
@@ -32,17 +33,35 @@ def label_column(features: "datasets.Features", named: str | None) -> str:
     import datasets
 
     classes = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
-    integers = [name for name, kind in features.items() if "int" in _kind(kind)]
-    return _pick(features, "--label_column_name", named, "ClassLabel or integer", classes, integers)
+    integers = [name for name, kind in features.items() if _kind(kind).startswith(("int", "uint"))]
+    return pick(features, "--label_column_name", named, "ClassLabel or integer", classes, integers)
 
 
 def text_column(features: "datasets.Features", named: str | None) -> str:
     """The one column of strings, or the one that is named."""
-    strings = [name for name, kind in features.items() if _kind(kind) in ("string", "large_string")]
-    return _pick(features, "--text_column_name", named, "string", strings)
+    return pick(features, "--text_column_name", named, "string", of_kinds(features, *STRINGS))
 
 
-def _pick(
+def words_column(features: "datasets.Features", named: str | None) -> str:
+    """The one column of lists of strings, or the one that is named."""
+    lists = of_kinds(features, *(f"list of {kind}" for kind in STRINGS))
+    return pick(features, "--text_column_name", named, "list of string", lists)
+
+
+def tags_column(features: "datasets.Features", named: str | None, words: str) -> str:
+    """The one column of lists of ClassLabels, else of integers or strings besides `words`, or the one that is named."""
+    classes = of_kinds(features, "list of ClassLabel")
+    others = of_kinds(features, *(f"list of {kind}" for kind in (*STRINGS, "int8", "int16", "int32", "int64")))
+    others = [name for name in others if name != words]
+    return pick(features, "--label_column_name", named, "list of ClassLabel, integer or string", classes, others)
+
+
+def of_kinds(features: "datasets.Features", *kinds: str) -> list[str]:
+    """The columns of these types, as messages name them."""
+    return [name for name, kind in features.items() if _kind(kind) in kinds]
+
+
+def pick(
     features: "datasets.Features",
     flag: str,
     named: str | None,
@@ -50,6 +69,10 @@ def _pick(
     preferred: list[str],
     accepted: Sequence[str] = (),
 ) -> str:
+    """The column that is named, else the one of `preferred`, or of `accepted` where there is none of these.
+
+    Raises `ValueError`, listing all columns, for one of another type, and where there is not one.
+    """
     columns = ", ".join(f"{name} ({_kind(kind)})" for name, kind in features.items())
     candidates = preferred or accepted
     if named is not None and named not in (*preferred, *accepted):
@@ -60,10 +83,13 @@ def _pick(
 
 
 def _kind(feature: object) -> str:
-    """How messages name a column's type: the dtype of a Value ("int64"), else the class ("Image")."""
+    """How messages name a column's type: the dtype of a Value ("int64"), "list of int64", else the class ("Image")."""
     import datasets
 
-    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+    if isinstance(feature, datasets.Value):
+        return feature.dtype
+    inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
+    return f"list of {_kind(inner)}" if inner is not None else type(feature).__name__
 
 
 def load_splits(

@@ -1,12 +1,17 @@
-"""Texts as a tokenizer's model takes them: for classification, and for a causal language model."""
+"""Texts as a tokenizer's model takes them: classified, tagged word by word, running, in pairs."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_robustq.data.splits import label_column, label_names, load_splits, text_column
+from hf_robustq.data.splits import label_column, label_names, load_splits, tags_column, text_column, words_column
 
 if TYPE_CHECKING:
     import datasets
+
+logger = logging.getLogger(__name__)
+
+LOST = "lost"  # the column in which an encoder says how much of a row it has left out
 
 
 def classified_texts(
@@ -15,6 +20,7 @@ def classified_texts(
     *,
     text: Sequence[str] = (),
     label: str | None = None,
+    length: int | None = None,
     train_split: str = "train",
     eval_split: str | None = None,
 ) -> tuple["datasets.Dataset", "datasets.Dataset", list[str]]:
@@ -23,15 +29,66 @@ def classified_texts(
     `text` names the column, or the two of a pair; by default the one column of strings. `label`: by default the one
     ClassLabel, else the one integer. Raises `ValueError` where that is not one.
     """
-    train, evaluation = load_splits(name_or_folder, None, train_split, eval_split)
-    text = [text_column(train.features, name) for name in text or [None]]
-    label = label_column(train.features, label)
+    both = load_splits(name_or_folder, None, train_split, eval_split)
+    text = [text_column(both[0].features, name) for name in text or [None]]
+    label = label_column(both[0].features, label)
 
-    def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        return {**tokenizer(*(rows[column] for column in text), truncation=True), "labels": rows[label]}
+    def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        encoded, lost = truncated([rows[column] for column in text], tokenizer, length)
+        return {**encoded, "labels": rows[label], LOST: lost}
 
-    both = [split.map(tokenize, batched=True, remove_columns=split.column_names) for split in (train, evaluation)]
-    return both[0], both[1], label_names(train, label)
+    return *encoded(both, encode, longer(length, "tokens")), label_names(both[0], label)
+
+
+def tagged_words(
+    name_or_folder: str,
+    tokenizer: Any,
+    known: Sequence[str],
+    *,
+    text: Sequence[str] = (),
+    tags: str | None = None,
+    length: int | None = None,
+    train_split: str = "train",
+    eval_split: str | None = None,
+) -> tuple["datasets.Dataset", "datasets.Dataset", list[str]]:
+    """(train, eval, tags): tokenized words, the first token of each labelled with its tag, all others -100.
+
+    `known`: the model's tags, in the order of its outputs. The dataset's are found among them by name; where the model
+    only has numbers (LABEL_0, ...), the dataset's own stand. Raises `ValueError` for tags that the model does not have.
+    """
+    both = load_splits(name_or_folder, None, train_split, eval_split)
+    words = words_column(both[0].features, only(text))
+    tags = tags_column(both[0].features, tags, words)
+    kind = both[0].features[tags]
+    kind = kind[0] if isinstance(kind, list) else kind.feature
+    own: list[str] = list(getattr(kind, "names", ()))
+    names = list(known)
+    if own and len(own) <= len(names) and all(name == f"LABEL_{i}" for i, name in enumerate(names)):
+        names = own
+    numbers: dict[Any, int] = {-100: -100, **{name: i for i, name in enumerate(names)}}
+    numbers |= {i: numbers[name] for i, name in enumerate(own or names) if name in numbers}
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        made = tokenizer(rows[words], is_split_into_words=True, truncation=length is not None, max_length=length)
+        made["labels"], made[LOST] = [], []
+        for i, (row, given) in enumerate(zip(rows[words], rows[tags], strict=True)):
+            if len(given) != len(row):
+                raise ValueError(f"a row has {len(row)} {words} but {len(given)} {tags}: {' '.join(row)[:80]}")
+            wrong = [own[tag] if own and isinstance(tag, int) else tag for tag in given if tag not in numbers]
+            if wrong:
+                raise ValueError(
+                    f"{tags} has {wrong[0]!r}, and the tags of the model are {', '.join(names)}: choose another "
+                    "--label_column_name, or set id2label in the model's config.json"
+                )
+            of = made.word_ids(i)
+            first = [word is not None and word != before for word, before in zip(of, [None, *of], strict=False)]
+            made["labels"].append(
+                [numbers[given[word]] if begins else -100 for word, begins in zip(of, first, strict=True)]
+            )
+            made[LOST].append(len(row) - sum(first))
+        return dict(made)
+
+    return *encoded(both, encode, longer(length, "words")), names
 
 
 def running_text(
@@ -44,19 +101,108 @@ def running_text(
     eval_split: str | None = None,
 ) -> tuple["datasets.Dataset", "datasets.Dataset"]:
     """(train, eval) for a causal language model: all texts joined and cut into blocks of `length` tokens."""
-    train, evaluation = load_splits(name_or_folder, None, train_split, eval_split)
-    column = text_column(train.features, text[0] if text else None)
+    both = load_splits(name_or_folder, None, train_split, eval_split)
+    column = text_column(both[0].features, only(text))
 
-    def blocks(rows: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+    def blocks(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         joined = [token for ids in tokenizer(rows[column])["input_ids"] for token in ids]
         cut = [joined[i : i + length] for i in range(0, len(joined) - length + 1, length)]
         # nothing predicts the first token; as a label the Trainer would count it in the mean
-        return {"input_ids": cut, "labels": [[-100, *block[1:]] for block in cut]}
+        labels = [[-100, *block[1:]] for block in cut]
+        return {"input_ids": cut, "labels": labels, LOST: [len(joined) % length, *[0] * len(cut)][: len(cut)]}
 
-    both = [
-        split.map(blocks, batched=True, batch_size=len(split), remove_columns=split.column_names)
-        for split in (train, evaluation)
-    ]
-    if not (len(both[0]) and len(both[1])):
+    left = f"the last {{lost}} tokens fill no block of {length} and are not measured: --block_size sets its size"
+    train, evaluation = encoded(both, blocks, left, max(map(len, both)))
+    if not (len(train) and len(evaluation)):
         raise ValueError(f"{name_or_folder} has fewer than {length} tokens in a split: choose a smaller --block_size")
-    return both[0], both[1]
+    return train, evaluation
+
+
+def masked_text(
+    name_or_folder: str, tokenizer: Any, *, seed: int = 0, **options: Any
+) -> tuple["datasets.Dataset", "datasets.Dataset"]:
+    """(train, eval) for a masked language model: `running_text`, 15% of the tokens to be found, as BERT has it.
+
+    Of these 80% are masked, 10% random and 10% as they are (arXiv 1810.04805). Which ones depends on `seed` alone.
+    """
+    from transformers import DataCollatorForLanguageModeling
+
+    def masked(split: "datasets.Dataset") -> "datasets.Dataset":
+        collator = DataCollatorForLanguageModeling(tokenizer, return_tensors="np", seed=seed)
+
+        def mask(rows: dict[str, list[Any]]) -> dict[str, Any]:
+            return dict(collator([{"input_ids": ids} for ids in rows["input_ids"]]))
+
+        return split.map(mask, batched=True)
+
+    train, evaluation = running_text(name_or_folder, tokenizer, **options)
+    return masked(train), masked(evaluation)
+
+
+def text_pairs(
+    name_or_folder: str,
+    tokenizer: Any,
+    *,
+    text: Sequence[str] = (),
+    length: int | None = None,
+    train_split: str = "train",
+    eval_split: str | None = None,
+) -> tuple["datasets.Dataset", "datasets.Dataset"]:
+    """(train, eval) for a sequence-to-sequence model: `text` names the source column and the target's.
+
+    A column within another is named with a dot: translation.en.
+    """
+    both = [split.flatten() for split in load_splits(name_or_folder, None, train_split, eval_split)]
+    if len(text) != 2:
+        raise ValueError(f"name source and target with --text_column_name, of {', '.join(both[0].column_names)}")
+    source, target = (text_column(both[0].features, name) for name in text)
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        made, lost = truncated([rows[source]], tokenizer, length)
+        labels, more = truncated([rows[target]], lambda texts, **how: tokenizer(text_target=texts, **how), length)
+        together = [one + other for one, other in zip(lost, more, strict=True)]
+        return {**made, "labels": labels["input_ids"], LOST: together}
+
+    return encoded(both, encode, longer(length, "tokens"))
+
+
+def only(text: Sequence[str]) -> str | None:
+    """The one column that is named, if any. Raises `ValueError` for more."""
+    if len(text) > 1:
+        raise ValueError(f"--text_column_name takes one column here, got {' '.join(text)}")
+    return text[0] if text else None
+
+
+def truncated(texts: Sequence[list[str]], tokenizer: Any, length: int | None) -> tuple[Any, list[int]]:
+    """(what a tokenizer makes of texts or pairs, cut at `length` tokens; of each, how many tokens are cut off)."""
+    if length is None:
+        return tokenizer(*texts), [0] * len(texts[0])
+    made = tokenizer(*texts, truncation=True, max_length=length)
+    whole = tokenizer(*texts, verbose=False)["input_ids"]
+    return made, [len(full) - len(kept) for full, kept in zip(whole, made["input_ids"], strict=True)]
+
+
+def longer(length: int | None, what: str) -> str:
+    """How `encoded` says what is left out of rows, as they are too long, or by the tokenizer."""
+    if length is None:
+        return f"{{lost}} {what} of {{rows}} rows are nothing to the tokenizer, and are not measured"
+    return (
+        f"{{rows}} of {{all}} rows are longer than {length} tokens: their last {{lost}} {what} are not measured; "
+        "split these rows to measure all"
+    )
+
+
+def encoded(
+    both: Sequence["datasets.Dataset"],
+    encode: Callable[[dict[str, list[Any]]], dict[str, Any]],
+    left_out: str,
+    batch_size: int = 1000,
+) -> tuple["datasets.Dataset", "datasets.Dataset"]:
+    """(train, eval) as `encode` makes them; what it says it has `lost` of the latter is said as `left_out` has it."""
+    train, evaluation = (
+        split.map(encode, batched=True, batch_size=batch_size, remove_columns=split.column_names) for split in both
+    )
+    lost = [count for count in evaluation[LOST][:] if count] if len(evaluation) else []
+    if lost:
+        logger.warning(left_out.format(rows=len(lost), all=len(evaluation), lost=sum(lost)))
+    return train.remove_columns(LOST), evaluation.remove_columns(LOST)

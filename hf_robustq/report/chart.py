@@ -176,6 +176,16 @@ def _cells(axes: Any, chart: Cells) -> None:
     axes.figure.colorbar(image, ax=axes, format="{x:.0%}" if chart.percent else "{x:.3g}")
 
 
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of one, shown in percent; a loss and a perplexity are not."""
+    return not metric.endswith(("loss", "perplexity"))
+
+
+def less_is_better(metric: str) -> bool:
+    """Whether a metric is a loss, a perplexity, or a rate of errors in words or characters."""
+    return not is_share(metric) or metric.split("_")[-1] in ("wer", "cer")
+
+
 def written(value: float, percent: bool) -> str:
     """As the cells have it: 91.73 for a share in percent, four digits of anything else."""
     return f"{value * 100:.2f}" if percent else f"{value:.4g}"

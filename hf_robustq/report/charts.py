@@ -8,17 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hf_robustq.report.chart import Bars, Cells, Chart, Line, Lines, written
+from hf_robustq.report.chart import Bars, Cells, Chart, Line, Lines, is_share, less_is_better, written
 from hf_robustq.report.runs import Run
 from hf_robustq.sweep import Row, Setting, Sweep, curves
 
 SCALARS = ("loss", "learning_rate", "grad_norm")
 """Logged by every Trainer; what else its training logs hold is ours."""
-
-
-def is_share(metric: str) -> bool:
-    """Whether a metric is a share of one, shown in percent; a loss is not."""
-    return not metric.endswith("loss")
 
 
 def title(setting: str) -> str:
@@ -164,14 +159,14 @@ def sensitivity(runs: Sequence[Run]) -> list[Chart]:
             layers = {name: one for name, one in found.get("sensitivity", {}).items() if name}
             if not layers or whole is None:
                 continue
-            metric = "accuracy" if "accuracy" in whole["only"] else "loss"
+            metric = next((name for name in whole["only"] if name != "loss"), "loss")
             percent = is_share(metric)
             head = f"Sensitivity to {title(setting)}: {run.name}"
             note = (
                 f"{metric}: {written(whole['only'][metric], percent)} in float, "
                 f"{written(whole['without'][metric], percent)} with every layer at {title(setting)}"
             )
-            sign = 1 if percent else -1  # of a loss less is better
+            sign = -1 if less_is_better(metric) else 1
 
             def lost(one: dict[str, Any], other: dict[str, Any], metric: str = metric, sign: int = sign) -> float:
                 return sign * (one[metric] - other[metric])

@@ -86,7 +86,10 @@ def _read(path: Path) -> list[Run]:
         return [_training(path)]
     if (path / ROWS_FILE).is_file():
         measured = load_measured(path / ROWS_FILE)
-        return [Run(name=Path(model).name, source=path, sweeps=[sweep]) for model, sweep in measured.items()]
+        return [
+            Run(name=Path(model).name, source=path, sweeps=[sweep], facts={"metric": next(iter(sweep.rows[0].metrics))})
+            for model, sweep in measured.items()
+        ]
     inner = [one for one in sorted(path.iterdir()) if (one / SWEEP_FILE).is_file()]
     if inner:
         return sorted(map(_training, inner), key=lambda run: (run.source / SWEEP_FILE).stat().st_mtime)

@@ -16,7 +16,7 @@ VERSION = 1
 """Of the files here."""
 
 FACTS = {field.name for field in dataclasses.fields(Setting)} | {
-    *("model", "setting", "method", "samples", "subset", "calibration", "data", "split", "seed", "seconds"),
+    *("model", "setting", "method", "samples", "subset", "calibration", "data", "split", "seed", "seconds", "staged"),
 }
 """What a row of `robustq sweep` has besides its metrics."""
 
@@ -111,6 +111,7 @@ def measured_sweeps(rows: Iterable[Mapping[str, Any]], context: Mapping[str, Any
     for row in rows:
         metrics = {key: value for key, value in row.items() if key not in FACTS and value is not None}
         known = {key: row[key] for key in ("setting", "weights", "activations", "samples", "subset")}
+        known["staged"] = row.get("staged")
         found.setdefault(row["model"], []).append(Row(**known, metrics=metrics, dataset=row["split"] or "eval"))
     return {model: Sweep(rows=rows, context=dict(context)) for model, rows in found.items()}
 

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_pt_utils import nested_concat, nested_numpify
-from transformers.trainer_utils import EvalPrediction
 
 from hf_robustq.calibrate import undisturbed
 from hf_robustq.plugin import RobustQ
 from hf_robustq.products import Products, ProductWatch
 from hf_robustq.report import SWEEP_FILE
+from hf_robustq.report.chart import less_is_better
 from hf_robustq.sweep import (
     DEFAULT_SETTINGS,
     Calibration,
@@ -39,10 +35,11 @@ from hf_robustq.sweep import (
 )
 from hf_robustq.trainer.batches import calibration_batches, count_rows, forward, some_of, with_real_samples
 from hf_robustq.trainer.figures import send_figures
+from hf_robustq.trainer.predictions import predicted, scores
 
 logger = logging.getLogger(__name__)
 
-SAMPLES = "number of samples"  # the key under which `_score` hands it on
+SAMPLES = "number of samples"  # the key under which `score` in `run` hands it on
 
 
 class BitWidthSweepCallback(TrainerCallback):
@@ -57,7 +54,7 @@ class BitWidthSweepCallback(TrainerCallback):
     every         sweep at every n-th evaluation of a set
     max_samples   on a fixed random subset of that many samples (said in each row)
     metric        what robustness and worst are of; default: see `main_metric`
-    greater_is_better   default: yes, unless the metric is a loss
+    greater_is_better   default: yes, unless the metric is a loss, a perplexity or an error rate (wer, cer)
     calibration_dataset   training samples, with the evaluation transform, for activation steps and "lapq"; default:
                   the Trainer's training set (which "/bn" reads, augmentation included, where there is one)
     limit         bytes of batches kept at a time
@@ -102,8 +99,6 @@ class BitWidthSweepCallback(TrainerCallback):
         for name in ("batch_eval_metrics", "include_for_metrics"):
             if getattr(args, name):
                 raise ValueError(f"the sweep gathers predictions by setting: it cannot be used with {name}")
-        if not args.eval_do_concat_batches:
-            raise ValueError("the sweep joins the batches of a set: it needs eval_do_concat_batches=True")
         best = args.metric_for_best_model or ""
         keys = "|".join(re.escape(setting.key) for setting in self.settings)
         if self.every > 1 and re.fullmatch(rf".*_(worst|robustness|({keys})_.+)", best):
@@ -175,11 +170,21 @@ class BitWidthSweepCallback(TrainerCallback):
             total = None
         quiet = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
         with tqdm(total=total, desc="sweep", leave=False, disable=quiet) as bar:
+
+            def predict(model: Any, batch: tuple[Any, int]) -> Any:
+                bar.update()
+                with self._seeing_products():
+                    return predicted(trainer, model, *batch), batch[1]
+
+            def score(parts: list[Any]) -> dict[str, float]:
+                found, real = zip(*parts, strict=True)
+                return {**scores(trainer, found), SAMPLES: float(sum(real))}
+
             measured = sweep(
                 plugin,
                 batches,
-                lambda model, batch: self._predict(model, batch, bar),
-                self._score,
+                predict,
+                score,
                 self.settings,
                 model=trainer.model,
                 limit=self.limit,
@@ -214,29 +219,6 @@ class BitWidthSweepCallback(TrainerCallback):
             return dataloader, with_real_samples(self.trainer, dataloader), f"{limit} of {size}, seed {seed}"
         return dataloader, with_real_samples(self.trainer, dataloader), "all"
 
-    def _predict(self, model: Any, batch: tuple[Any, int], bar: Any) -> tuple[Any, Any, Any, int]:
-        inputs, real = batch
-        trainer = self.trainer
-        loss_only = trainer.compute_metrics is None or bool(trainer.args.prediction_loss_only)
-        with self._seeing_products():
-            loss, logits, labels = trainer.prediction_step(model, dict(inputs), prediction_loss_only=loss_only)
-        bar.update()
-        accelerator = trainer.accelerator
-        if labels is not None:
-            labels = accelerator.pad_across_processes(labels, dim=1, pad_index=-100)
-        if logits is not None:
-            logits = accelerator.pad_across_processes(logits, dim=1, pad_index=-100)
-            if trainer.preprocess_logits_for_metrics is not None:
-                logits = trainer.preprocess_logits_for_metrics(logits, labels)  # pyright: ignore[reportArgumentType]
-
-        def gathered(tensors: Any) -> Any:
-            if tensors is None:
-                return None
-            return _map(lambda tensor: accelerator.gather(tensor.reshape(tensor.shape or 1))[:real].cpu(), tensors)
-
-        own = count_rows(inputs)
-        return gathered(loss.repeat(own) if loss is not None else None), gathered(logits), gathered(labels), real
-
     @contextmanager
     def _seeing_products(self) -> Iterator[None]:
         """The plugin learns which weights are multiplied by, where no calibration has told it."""
@@ -246,18 +228,6 @@ class BitWidthSweepCallback(TrainerCallback):
         with ProductWatch(self.plugin.model) as watch:
             yield
         self.plugin.know(Products.of(self.plugin.model, self.plugin.sites, watch.names))
-
-    def _score(self, predicted: list[tuple[Any, Any, Any, int]]) -> dict[str, float]:
-        losses, logits, labels = (_join([one[column] for one in predicted]) for column in range(3))
-        metrics: dict[str, Any] = {}
-        if self.trainer.compute_metrics is not None and logits is not None and labels is not None:
-            metrics = dict(self.trainer.compute_metrics(EvalPrediction(predictions=logits, label_ids=labels)))
-        if losses is not None:
-            metrics["loss"] = losses.mean()
-        scalars = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
-        if not scalars:
-            raise ValueError("the sweep has nothing to measure: give labels, or compute_metrics that returns numbers")
-        return {**scalars, SAMPLES: float(sum(one[3] for one in predicted))}
 
     def main_metric(self, rows: Sequence[Row]) -> tuple[str, bool]:
         """The metric robustness and worst are of, and whether more of it is better.
@@ -273,7 +243,7 @@ class BitWidthSweepCallback(TrainerCallback):
         if self.metric is None and metric not in (best, "accuracy") and len(others) > 1 and not self._told:
             self._told = True
             logger.warning("eval_robustness and eval_worst are of %r; choose with metric=, one of %s", metric, others)
-        greater = self.greater_is_better if self.greater_is_better is not None else not metric.endswith("loss")
+        greater = self.greater_is_better if self.greater_is_better is not None else not less_is_better(metric)
         return metric, greater
 
     def summary(self, result: Sweep, prefix: str) -> dict[str, float]:
@@ -282,21 +252,3 @@ class BitWidthSweepCallback(TrainerCallback):
         area = robustness(result.rows, metric)
         worst = (min if greater else max)(row.metrics[metric] for row in result.rows)
         return {f"{prefix}_worst": worst, **({} if area is None else {f"{prefix}_robustness": area})}
-
-
-def _join(parts: list[Any]) -> Any:
-    """Batches of predictions as one NumPy array (or tuple of them), padded with -100 where lengths differ."""
-    first = parts[0]
-    if first is None:
-        return None
-    if isinstance(first, torch.Tensor) and len({part.shape[1:] for part in parts}) == 1:
-        return nested_numpify(torch.cat(parts))
-    return nested_numpify(functools.reduce(functools.partial(nested_concat, padding_index=-100), parts))
-
-
-def _map(function: Callable[[torch.Tensor], torch.Tensor], tensors: Any) -> Any:
-    if isinstance(tensors, torch.Tensor):
-        return function(tensors)
-    if isinstance(tensors, Mapping):
-        return {key: _map(function, value) for key, value in tensors.items()}
-    return type(tensors)(_map(function, value) for value in tensors)
