@@ -143,7 +143,7 @@ def test_the_whole_way(tmp_path, name):
     del config.quantization_config
     stock = cls.from_pretrained(folder, config=config).eval()
     assert not any(hasattr(module, "weight_stages") for module in stock.modules())
-    assert torch.equal(result(stock, batch), plain)
+    torch.testing.assert_close(result(stock, batch), plain, rtol=1e-5, atol=1e-6)  # products round by where tensors lie
     four = from_pretrained(cls, folder, bits=4, activation_bits=8).eval()
     assert not torch.equal(result(four, batch), plain)
 

@@ -115,6 +115,16 @@ def t5() -> nn.Module:
     return T5ForConditionalGeneration(config)
 
 
+def mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, num_local_experts=4, num_experts_per_tok=2, use_cache=False,
+    )  # fmt: skip
+    return MixtralForCausalLM(config)
+
+
 def wav2vec2() -> nn.Module:
     from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification
 
@@ -220,6 +230,7 @@ ZOO = {
         cannot=dict.fromkeys(("checkpointing", "reentrant checkpointing"), "transformers has none for ALBERT"),
     ),
     "wav2vec2": Entry(wav2vec2, waves, cannot={"compile": "its feature encoder sets requires_grad on its input"}),
+    "mixtral": Entry(mixtral, tokens),
     "torch encoder": Entry(Encoder, features, weights_only=("*.out_proj.weight",)),
 }
 
