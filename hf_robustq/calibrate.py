@@ -171,17 +171,18 @@ def count_uses(sites: Sequence[Site], count: int, need_inputs: bool) -> None:
     unread = [site.name for site in sites if weight_probe(site).calls == 0]
     unrouted = [name for name in unread if "experts" in name.split(".")]
     unused = [name for name in unread if name not in unrouted]
-    unseen = [s.name for s in sites if isinstance(probe := input_probe(s), InputProbe) and not probe.calls]
-    unseen = [name for name in unseen if name not in unused] if need_inputs else []
+    probes = {site.name: probe for site in sites if isinstance(probe := input_probe(site), InputProbe)}
+    unseen = [name for name, probe in probes.items() if name not in unused and not bool(probe.counts.any())]
+    unseen = unseen if need_inputs else []
     problems = []
     if unused:
         problems.append(f"these weights are never used in forward, exclude: {json.dumps(unused)}")
-    if apart := [name for name in unseen if name in unrouted]:
+    if apart := [name for name in unseen if name in unrouted or probes[name].calls]:
         problems.append(
-            "no calibration sample is routed to these experts: raise calibration_samples, or leave their inputs in "
-            f"float, weights_only: {json.dumps(apart)}"
+            "no calibration sample reaches these layers: raise calibration_samples, or leave their inputs in float, "
+            f"weights_only: {json.dumps(apart)}"
         )
-    if direct := [name for name in unseen if name not in unrouted]:
+    if direct := [name for name in unseen if name not in apart]:
         problems.append(
             "these weights are read without calling their modules, so the inputs cannot be quantized, "
             f"weights_only: {json.dumps(direct)}"
@@ -189,9 +190,7 @@ def count_uses(sites: Sequence[Site], count: int, need_inputs: bool) -> None:
     if problems:
         raise ValueError("; ".join(problems))
     if unrouted:
-        logger.warning(
-            "no calibration sample is routed to %d weights of experts, %s the first", len(unrouted), unrouted[0]
-        )
+        logger.warning("no calibration sample reaches %d weights of experts, %s the first", len(unrouted), unrouted[0])
     uses: dict[int, float] = {}
     for site in sites:
         # A reader may also ask for `weight.dtype`, so calls of the modules count where there are any.

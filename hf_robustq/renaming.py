@@ -13,6 +13,19 @@ OWN = re.compile(r"_stages\.[a-z]\w*\.")
 """A part of the name of what a stage saves."""
 
 
+class _Stored:
+    """A model to a converter: what it asks for are the stored parameters, not what the stages make of them."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def get_parameter(self, name: str) -> nn.Parameter:
+        return dict(self.model.named_parameters(remove_duplicate=False))[name]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
 @functools.cache
 def _apart(cls: type) -> type:
     """The subclass of a converter that does not take what belongs to a stage for the weight it is a stage of."""
@@ -20,7 +33,11 @@ def _apart(cls: type) -> type:
     def rename_source_key(self: Any, source_key: str) -> tuple[str, str | None]:
         return (source_key, None) if OWN.search(source_key) else cls.rename_source_key(self, source_key)
 
-    return type(cls.__name__, (cls,), {"__slots__": (), "rename_source_key": rename_source_key, "_apart": True})
+    def convert(self: Any, layer_name: str, model: Any = None, **kwargs: Any) -> Any:
+        return cls.convert(self, layer_name, model=None if model is None else _Stored(model), **kwargs)
+
+    own = {"rename_source_key": rename_source_key, "convert": convert, "__slots__": (), "_apart": True}
+    return type(cls.__name__, (cls,), own)
 
 
 def keep_apart(transforms: Iterable[Any]) -> list[Any]:

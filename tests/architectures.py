@@ -151,6 +151,6 @@ def result(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         outputs = model(**batch)
     named = (getattr(outputs, name, None) for name in ("logits", "last_hidden_state", "pred_logits"))
-    found = next((one for one in named if one is not None), None)
+    found = next((one[0] if isinstance(one, tuple) else one for one in named if one is not None), None)
     tensors = (one for one in outputs.to_tuple() if isinstance(one, Tensor) and one.is_floating_point())
     return found if found is not None else next(tensors)

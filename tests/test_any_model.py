@@ -334,7 +334,7 @@ def test_experts_that_nothing_is_routed_to_get_other_advice():
             return self.last(self.experts[1](self.first(x)))
 
     forward, batch = (lambda model, batch: model(batch)), torch.randn(2, 4)
-    with pytest.raises(ValueError, match="no calibration sample is routed to these experts: raise calibration_samples"):
+    with pytest.raises(ValueError, match="no calibration sample reaches these layers: raise calibration_samples"):
         RobustQ(Mixture(), {"weights": {"bits": 4}, "activations": {"bits": 4}}).calibrate([batch], forward)
     model = Mixture()
     plugin = RobustQ(model, {"weights": {"bits": 4}})

@@ -162,6 +162,8 @@ class InputProbe(Probe):
 
     def observe(self, x: Tensor) -> None:
         super().observe(x)
+        if not x.numel():
+            return
         low, high = (float(extreme) for extreme in x.detach().aminmax())
         if not math.isfinite(low + high):
             raise ValueError(
