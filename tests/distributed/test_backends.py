@@ -102,6 +102,16 @@ def test_models_that_no_rank_holds_whole(run, saved, config):
 
 
 @pytest.mark.parametrize("config", BACKENDS)
+def test_experts_equal_one_process(run, config):
+    one, two = run("single_gpu", "--experts", "--learned"), run(config, "--experts", "--learned")
+    stacks = [name for name in one.state if name.endswith("experts.gate_up_proj_stages.quantizer.scale")]
+    assert len(stacks) == 2 and all(one.state[name].numel() == 4 for name in stacks)
+    assert any(".experts.3.w1.weight" in name for name in one.state)  # under the names of transformers
+    same_weights(one, two)
+    same_rows(one, two)
+
+
+@pytest.mark.parametrize("config", BACKENDS)
 def test_learned_steps_and_noise_equal_one_process(run, saved, config):
     """Calibrated after wrapping where the model is sharded, `zero.Init` and lean loading included."""
     one = run("single_gpu", "--learned")

@@ -16,7 +16,7 @@ from hf_robustq import RobustQ, RobustQCallback, RobustTrainer
 from hf_robustq.calibrate import stages
 from hf_robustq.sharded import assign, whole, whole_shape
 from tests.test_trainer import Rows
-from tests.zoo import llama, tokens
+from tests.zoo import llama, mixtral, tokens
 
 CONFIG = {
     "regularizers": {"kure": {"strength": 0.5}},
@@ -72,6 +72,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", help="a saved model; default: the tiny Llama of seed 0")
+    parser.add_argument("--experts", action="store_true", help="a tiny Mixtral instead")
     parser.add_argument("--resume", help="a checkpoint")
     parser.add_argument("--lapq", action="store_true", help="sweep with a joint search too")
     parser.add_argument("--steps", type=int, default=5)
@@ -226,7 +227,7 @@ def main(arguments: Sequence[str]) -> None:
 
         model = AutoModelForCausalLM.from_pretrained(options.model)
     else:
-        model = llama()
+        model = mixtral() if options.experts else llama()
     staged = "_robustq" in vars(model)
     if options.model and not staged:  # a float model: transformers leaves it where the backend wants it
         if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "true" and rank:
