@@ -309,15 +309,16 @@ def test_the_stages_tensors_are_not_sent_at_every_forward_and_the_users_own_choi
     assert "0.bias" in names and {name for name, _ in model.named_buffers()} <= set(names)
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("after", [True, False])
 @pytest.mark.parametrize("early", [True, False])
-def test_an_optimizer_built_before_the_quantizers_is_an_error(early, after):
+def test_an_optimizer_built_before_the_quantizers_is_an_error(early, after, fused):
     """In a plain loop after the first step, by whichever call comes first."""
     model = mlp()
-    before = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
     plugin = RobustQ(model, {"weights": {"method": "lsq", "bits": 4}, "first_last": "same"})
     plugin.calibrate([torch.randn(2, 6)], forward)
-    optimizer = before if early else torch.optim.AdamW(plugin.parameter_groups(0.0), lr=1e-3)
+    optimizer = before if early else torch.optim.AdamW(plugin.parameter_groups(0.0), lr=1e-3, fused=fused)
 
     def loop():
         for _ in range(3):
@@ -336,6 +337,25 @@ def test_an_optimizer_built_before_the_quantizers_is_an_error(early, after):
     else:
         loop()
         plugin.check_optimizer(optimizer)
+
+
+def test_weights_that_are_written_in_place_do_not_make_an_optimizer_look_wrong():
+    model = mlp()
+    plugin = RobustQ(model, {"weights": {"method": "lsq", "bits": 4}, "first_last": "same"})
+    plugin.calibrate([torch.randn(2, 6)], forward)
+    weights = torch.optim.SGD([p for p in model.parameters() if id(p) not in map(id, plugin.own_parameters().values())])
+    scales = torch.optim.SGD(plugin.own_parameters().values(), lr=1e-3)
+    for i in range(3):
+        plugin.step(0.0, first=True)
+        with torch.no_grad():
+            plugin.sites[0].parameter.clamp_(-1, 1)
+        model(torch.randn(2, 6)).sum().backward()
+        if i:  # as a scaler would skip the first
+            weights.step()
+            scales.step()
+        weights.zero_grad()
+        scales.zero_grad()
+    plugin.after_optimizer_step()
 
 
 def test_steps_that_the_user_has_frozen_may_stay_out_of_the_optimizer():

@@ -14,6 +14,7 @@ from hf_robustq.config import QuantizerConfig
 from hf_robustq.plugin.mark import mark, unmark
 from hf_robustq.plugin.publish import saturated
 from hf_robustq.plugin.stages import quantizers
+from hf_robustq.quantizers import InputProbe
 from hf_robustq.reparam import network_weight
 from hf_robustq.sharded import assign, settle
 
@@ -49,6 +50,8 @@ def detach(plugin: RobustQ) -> None:
 
 def bake(plugin: RobustQ, activations: bool) -> None:
     plugin.check_initialized()
+    left = {"satnl": None, "weights": None, "regularizers": (), "budget": None, "oscillations": "ignore"}
+    config = replace(plugin.config, **left)
     adopt_averages(plugin)
     baked: set[int] = set()
     for site in plugin.sites:
@@ -60,17 +63,20 @@ def bake(plugin: RobustQ, activations: bool) -> None:
             sites.bake(site)
         if activations:
             sites.attach(site, {"probe": probe}, inputs)
-    plugin.config = replace(plugin.config, satnl=None, weights=None, regularizers=())
+    plugin.config = config
     (mark if activations else unmark)(plugin)
 
 
 def requantized(plugin: RobustQ, weights: QuantizerConfig | None, activations: QuantizerConfig | None) -> RobustQ:
-    adopt_averages(plugin)
+    wanted = plugin.config.requantized(weights, activations)
     observed = {site.name: (weight_probe(site), input_probe(site)) for site in plugin.sites}
+    for _, inputs in observed.values():
+        if activations is not None and isinstance(inputs, InputProbe):
+            inputs.sample()  # raises where nothing is known of it, before anything is changed
+    adopt_averages(plugin)
     bounds = {site.name: stage.d for site, stage in saturated(plugin)}
     take_off(plugin)
     as_stored = plugin.config.satnl and replace(plugin.config.satnl, invert=False)
-    wanted = plugin.config.requantized(weights, activations)
     new = type(plugin)(plugin.model, replace(wanted, satnl=as_stored))
     new.config = wanted
     if plugin.products is not None:
@@ -88,14 +94,7 @@ def requantized(plugin: RobustQ, weights: QuantizerConfig | None, activations: Q
 
 def change_bits(plugin: RobustQ, weights: int | None, activations: int | None) -> None:
     plugin.check_initialized()
-    adopt_averages(plugin)
     wanted = {"weight": weights, "input": activations}
-    for quantizer in quantizers(plugin.sites):
-        bits = wanted[quantizer.role]
-        if bits is not None and quantizer.site not in plugin.edges:
-            quantizer.change_bits(bits)
-    for stage in plugin.bits.stages().values() if weights is not None else ():
-        stage.fix(weights - stage.quantizer.sign_bits)
     changes = {}
     for name, bits in (("weights", weights), ("activations", activations)):
         if bits is not None:
@@ -103,5 +102,13 @@ def change_bits(plugin: RobustQ, weights: int | None, activations: int | None) -
             if own is None:
                 raise ValueError(f"the model has no quantizers of its {name}: there is no clip range to keep")
             changes[name] = replace(own, bits=bits, mixed={})
-    plugin.config = replace(plugin.config, **changes, budget=None)
+    config = replace(plugin.config, **changes, budget=None)
+    adopt_averages(plugin)
+    for quantizer in quantizers(plugin.sites):
+        bits = wanted[quantizer.role]
+        if bits is not None and quantizer.site not in plugin.edges:
+            quantizer.change_bits(bits)
+    for stage in plugin.bits.stages().values() if weights is not None else ():
+        stage.fix(weights - stage.quantizer.sign_bits)
+    plugin.config = config
     mark(plugin)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from accelerate.state import GradientState
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hf_robustq.calibrate import stages, weight_probe
 from hf_robustq.plugin.bits import LearnedBits
@@ -34,7 +36,9 @@ class Training:
         self.plugin = plugin
         self._moment: Moment | None = None
         self._stepping = False
-        self._versions: dict[str, int] | None = {}
+        self._optimized: set[int] = set()
+        self._watching: Any = None
+        self._checked = False
         self.bits = LearnedBits(plugin)
 
     def step(
@@ -52,8 +56,7 @@ class Training:
         if first:
             index = (self._moment.step + 1 if self._moment else 0) if index is None else index
             self.after_optimizer_step()
-            if self._versions is not None:
-                self._versions = {name: p._version for name, p in self.plugin.model.named_parameters()}
+            self._watch_optimizers()
             self._stepping = True
             self._keep(GradientState().num_steps > 1 if accumulating is None else accumulating)
             seed = self.plugin.config.seed
@@ -100,18 +103,29 @@ class Training:
         if missing and any(id(p) in known for p in self.plugin.model.parameters()):  # else it holds flat copies of them
             raise RuntimeError(NOT_LEARNING.format(missing[0]))
 
+    def _watch_optimizers(self) -> None:
+        """Until one has trained the model, see which parameters the optimizers that step hold."""
+        if self._checked or self._watching is not None:
+            return
+        training = weakref.ref(self)
+
+        def hook(optimizer: Any, args: Any, kwargs: Any) -> None:  # noqa: ARG001
+            if (own := training()) is not None:
+                own._optimized.update(id(p) for group in optimizer.param_groups for p in group["params"])
+
+        self._watching = register_optimizer_step_pre_hook(hook)
+        weakref.finalize(self, self._watching.remove)
+
     def _check_learning(self) -> None:
-        """Raise `RuntimeError` where the first optimizer step that changes a weight leaves what stages learn alone."""
-        if self._versions is None:
-            return
-        versions, self._versions = self._versions, {}
-        moved = {name for name, p in self.plugin.model.named_parameters() if p._version != versions.get(name)}
-        if not moved:  # skipped by a scaler, say
-            return
-        own = self._learned()
-        if own and moved.isdisjoint(own):
-            raise RuntimeError(NOT_LEARNING.format(next(iter(own))))
-        self._versions = None
+        """Raise `RuntimeError` where the optimizers of the first step that trains weights leave out what is learned."""
+        if self._watching is None or not any(id(p) in self._optimized for p in self.plugin.model.parameters()):
+            return  # none has stepped (a scaler skips steps), or they hold flat copies of the weights
+        missing = [name for name, p in self._learned().items() if id(p) not in self._optimized]
+        self._optimized.clear()
+        if missing:
+            raise RuntimeError(NOT_LEARNING.format(missing[0]))
+        self._watching.remove()
+        self._watching, self._checked = None, True
 
     def _learned(self) -> dict[str, nn.Parameter]:
         """What the stages learn, less what the user has frozen."""

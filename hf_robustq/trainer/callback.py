@@ -32,12 +32,10 @@ class RobustQCallback(TrainerCallback):
         self,
         plugin: RobustQ,
         calibrate: Callable[[], None] | None = None,
-        observe: Callable[[], None] | None = None,
         begin: Callable[[], None] | None = None,
     ) -> None:
         self.plugin = plugin
         self.calibrate = calibrate
-        self.observe = observe
         self.begin = begin
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
@@ -124,8 +122,6 @@ class RobustQCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if control.should_log or control.should_save or control.should_evaluate:
             self.plugin.watch.check(state.global_step)
-        if control.should_save and self.observe is not None:
-            self.observe()
 
     on_epoch_end = on_step_end
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import default_compute_objective, get_last_checkpoint
 
 from hf_robustq.card import write_card
 from hf_robustq.config import RobustQConfig, check_known
@@ -80,6 +80,7 @@ class RobustQMixin(_AnyTrainer):
             known = [name for name in inspect.signature(kind).parameters if name not in ("model", "exclude")]
             check_known(options or {}, known, f"option of {kind.__name__.lower()}")
         self.asam_options, self.ema_options = asam, ema
+        self._sweep_options = dict(sweep_options or {})
         self._robustq_config = robustq.config if isinstance(robustq, RobustQ) else robustq
         given = robustq if isinstance(robustq, RobustQ) else None
         self.scale_lr, self.bits_lr = scale_lr, bits_lr
@@ -105,13 +106,11 @@ class RobustQMixin(_AnyTrainer):
                     self.robustq.detach()
                 raise
         self.calibration_dataset = calibration_dataset
-        self.robustq_callback = RobustQCallback(
-            self.robustq, lambda: self._calibrate_once(wrapped=True), self.observe, self._begin
-        )
+        self.robustq_callback = RobustQCallback(self.robustq, lambda: self._calibrate_once(wrapped=True), self._begin)
         self.add_callback(self.robustq_callback)
         self.sweep_callback = None
         if settings:
-            options = {"calibration_dataset": calibration_dataset, **(sweep_options or {})}
+            options = {"calibration_dataset": calibration_dataset, **self._sweep_options}
             try:
                 self.sweep_callback = BitWidthSweepCallback(self, self.robustq, settings, **options)
             except Exception:
@@ -119,6 +118,7 @@ class RobustQMixin(_AnyTrainer):
                     self.robustq.detach()
                 raise
             self.add_callback(self.sweep_callback)
+            self.sweep_callback.come_first()
 
     def _stage(self, model: nn.Module) -> RobustQ:
         return RobustQ.of(model) if self._robustq_config is None else RobustQ(model, self._robustq_config)
@@ -230,8 +230,21 @@ class RobustQMixin(_AnyTrainer):
             group_apart(optimizer, self.robustq.own_groups(self.scale_lr, self.bits_lr))
         return optimizer
 
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As ever; the default objective is of the Trainer's own metrics, without what sweeps add to them."""
+        return super().hyperparameter_search(hp_space, compute_objective or self._objective, *args, **kwargs)
+
+    def _objective(self, metrics: dict[str, float]) -> float:
+        added = self.sweep_callback.added if self.sweep_callback is not None else ()
+        return default_compute_objective({key: value for key, value in metrics.items() if key not in added})
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """Calibrate where nothing has yet (`evaluate` or `predict` before `train`); then as ever."""
+        if self.sweep_callback is not None and "ignore_keys" not in self._sweep_options:
+            given = inspect.signature(Trainer.evaluation_loop).bind(self, *args, **kwargs).arguments
+            self.sweep_callback.ignore_keys = given.get("ignore_keys")
         self._calibrate_once()
         if not self.robustq.calibrated:
             self.robustq.check_initialized()
@@ -276,6 +289,8 @@ class RobustQMixin(_AnyTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As ever, of the published model; a checkpoint also gets what a resumed run goes on with."""
         self.robustq.watch.check(self.state.global_step)
+        if _internal_call and self.is_in_train:
+            self.observe()
         with self.robustq.published():
             super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None:

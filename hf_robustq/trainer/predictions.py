@@ -15,10 +15,12 @@ from transformers.trainer_utils import EvalPrediction
 from hf_robustq.trainer.batches import count_rows
 
 
-def predicted(trainer: Trainer, model: Any, inputs: Any, real: int) -> tuple[Any, Any, Any]:
+def predicted(
+    trainer: Trainer, model: Any, inputs: Any, real: int, ignore_keys: list[str] | None = None
+) -> tuple[Any, Any, Any]:
     """(loss of each sample, logits, labels) of a batch, gathered from all ranks: of its first `real` samples."""
     loss_only = trainer.compute_metrics is None or bool(trainer.args.prediction_loss_only)
-    loss, logits, labels = trainer.prediction_step(model, dict(inputs), prediction_loss_only=loss_only)
+    loss, logits, labels = trainer.prediction_step(model, dict(inputs), loss_only, ignore_keys)
     accelerator = trainer.accelerator
     if labels is not None:
         labels = accelerator.pad_across_processes(labels, dim=1, pad_index=-100)
@@ -44,13 +46,19 @@ def scores(trainer: Trainer, parts: Sequence[tuple[Any, Any, Any]]) -> dict[str,
     if trainer.compute_metrics is not None and logits[0] is not None and labels[0] is not None:
         joined = _join if trainer.args.eval_do_concat_batches else nested_numpify
         pair: list[Any] = [joined([*logits]), joined([*labels])]
-        metrics = dict(trainer.compute_metrics(EvalPrediction(*pair)))
+        metrics = dict(trainer.compute_metrics(EvalPrediction(*pair)) or {})
     if losses[0] is not None:
         metrics.setdefault("loss", _join([*losses]).mean())
-    scalars = {name: float(value) for name, value in metrics.items() if np.ndim(value) == 0}
+    scalars = {name: float(value) for name, value in metrics.items() if _is_number(value)}
     if not scalars:
         raise ValueError("the sweep has nothing to measure: give labels, or compute_metrics that returns numbers")
     return scalars
+
+
+def _is_number(value: Any) -> bool:
+    """Text, None and mappings beside the numbers are the Trainer's own affair."""
+    array = value if isinstance(value, (np.ndarray, np.generic, torch.Tensor)) else np.asarray(value)
+    return array.ndim == 0 and (isinstance(array, torch.Tensor) or array.dtype.kind in "biuf")
 
 
 def _join(parts: list[Any]) -> Any:

@@ -59,9 +59,11 @@ class BitWidthSweepCallback(TrainerCallback):
                   the Trainer's training set (which "/bn" reads, augmentation included, where there is one)
     limit         bytes of batches kept at a time
     lapq_iterations   rounds of LAPQ's search, at every sweep anew
+    ignore_keys   outputs of the model that are no predictions; `RobustTrainer` knows those of `evaluate` and `train`
 
-    The predictions of every setting are kept until the end of a set: give the Trainer a
-    `preprocess_logits_for_metrics` that keeps only what `compute_metrics` needs.
+    It goes first among the Trainer's callbacks, so that each of them finds its figures. The predictions of every
+    setting are kept until the end of a set: give the Trainer a `preprocess_logits_for_metrics` that keeps only what
+    `compute_metrics` needs.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class BitWidthSweepCallback(TrainerCallback):
         calibration_dataset: Any = None,
         limit: int = 1 << 30,
         lapq_iterations: int = 2,
+        ignore_keys: Sequence[str] | None = None,
     ) -> None:
         self.trainer = trainer
         plugin = plugin if plugin is not None else getattr(trainer, "robustq", None)
@@ -87,6 +90,8 @@ class BitWidthSweepCallback(TrainerCallback):
         self.metric, self.greater_is_better = metric, greater_is_better
         self.calibration_dataset = calibration_dataset
         self.limit, self.lapq_iterations = limit, lapq_iterations
+        self.ignore_keys = None if ignore_keys is None else list(ignore_keys)
+        self.added: set[str] = set()
         self.file = Path(str(trainer.args.output_dir)) / SWEEP_FILE
         self.sweeps: list[Sweep] = []
         self._told = False
@@ -116,8 +121,18 @@ class BitWidthSweepCallback(TrainerCallback):
                 f"{best} is in units of {metric}: set greater_is_better={greater} in the training arguments"
             )
 
+    def come_first(self) -> None:
+        """Be the first of the Trainer's callbacks."""
+        handler = self.trainer.callback_handler
+        if self in handler.callbacks and handler.callbacks[0] is not self:
+            handler.callbacks = [self, *(one for one in handler.callbacks if one is not self)]
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        self.come_first()
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """A fresh run starts its own history; a resumed one keeps what was measured up to here."""
+        self.come_first()
         known = load_sweeps(self.file) if state.global_step and self.file.exists() else []
         self.sweeps = [sweep for sweep in known if (sweep.step or 0) <= state.global_step]
 
@@ -136,6 +151,7 @@ class BitWidthSweepCallback(TrainerCallback):
             save_sweeps(self.sweeps, self.file)
         extra = {f"{prefix}_{Setting.parse(r.setting).key}_{k}": v for r in result.rows for k, v in r.metrics.items()}
         extra |= self.summary(result, prefix)
+        self.added |= extra.keys()
         self.trainer.log(dict(extra))
         metrics.update(extra)
         if self.trainer.is_world_process_zero():
@@ -174,7 +190,7 @@ class BitWidthSweepCallback(TrainerCallback):
             def predict(model: Any, batch: tuple[Any, int]) -> Any:
                 bar.update()
                 with self._seeing_products():
-                    return predicted(trainer, model, *batch), batch[1]
+                    return predicted(trainer, model, *batch, self.ignore_keys), batch[1]
 
             def score(parts: list[Any]) -> dict[str, float]:
                 found, real = zip(*parts, strict=True)
