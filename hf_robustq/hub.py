@@ -27,7 +27,7 @@ from hf_robustq.plugin.publish import FloatModel, unfold
 from hf_robustq.products import Products
 from hf_robustq.quantizers import LEARNED
 from hf_robustq.renaming import keep_apart
-from hf_robustq.sharded import assign
+from hf_robustq.sharded import assign, check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +109,8 @@ class RobustQHfQuantizer(FloatModel):
                 stage.get_buffer(name).zero_()
         new = self._check_complete(model, plugin)
         unfold(plugin, new)
+        for name, parameter in model.named_parameters():
+            check_finite(name, parameter)
         plugin.enable(True)
         plugin.restored()
         products = self.quantization_config.products

@@ -27,6 +27,13 @@ def held(tensor: Tensor) -> Tensor:
     return tensor.to_local().data if isinstance(tensor, DTensor) else getattr(tensor, "ds_tensor", tensor).data
 
 
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raise `ValueError` for a tensor that is not finite, in the piece this rank holds."""
+    piece = held(tensor)
+    if piece.is_floating_point() and not piece.is_meta and not bool(piece.isfinite().all()):
+        raise ValueError(f"{name} has values that are not finite")
+
+
 def share_held(tensor: Tensor) -> float:
     """1 over the number of ranks that hold the same piece: a sum over all ranks then counts every element once."""
     if not dist.is_initialized():

@@ -229,7 +229,9 @@ def test_outputs_that_are_to_be_ignored_are_ignored_in_the_sweep_too(tmp_path):
 
     model = More(bert().config)
     options = {"robustq": {"weights": {"bits": 4}, "calibration_samples": 8}, "sweep": ["fp", "w4"]}
-    args = arguments(tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1, remove_unused_columns=False)
+    args = arguments(
+        tmp_path, max_steps=1, eval_strategy="steps", eval_steps=1, remove_unused_columns=False, label_names=["labels"]
+    )
     trainer = RobustTrainer(
         model=model, args=args, train_dataset=text(), eval_dataset=text(8), compute_metrics=metrics, **options
     )

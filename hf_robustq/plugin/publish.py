@@ -127,7 +127,8 @@ def load_state(plugin: RobustQ, folder: str | Path) -> None:
     """Go on with what `save_state` wrote, after the folder's own weights were loaded.
 
     FSDP and DeepSpeed have brought the stored weights themselves. A folder without the file gives weights that are the
-    stored ones but for rounding, and averages that begin anew.
+    stored ones but for rounding. Raises `ValueError` for one without the averages of a run that has some, and the other
+    way round: the weights would be other ones than the run was at.
     """
     file = Path(folder) / STATE
     parameters = dict(plugin.model.named_parameters())
@@ -140,7 +141,9 @@ def load_state(plugin: RobustQ, folder: str | Path) -> None:
             logger.warning("%s has no %s: the stored weights are found from the network's", folder, STATE)
             unfold(plugin)
         if plugin.ema is not None:
-            plugin.ema.start()
+            raise ValueError(
+                f"{folder} has no {STATE}, which a run with ema writes: resume without ema, or start from its weights"
+            )
         return
     with safe_open(file, framework="pt") as tensors:
         names = list(tensors.keys())
@@ -148,12 +151,12 @@ def load_state(plugin: RobustQ, folder: str | Path) -> None:
             kind, _, parameter = name.partition(".")
             if kind == "stored" and stored:
                 assign(parameters[parameter], tensors.get_tensor(name))
+        averages = {n.partition(".")[2]: tensors.get_tensor(n) for n in names if n.startswith("average.")}
+        if bool(averages) != (plugin.ema is not None):
+            has, lacks = ("averages", "none") if averages else ("no averages", "some")
+            raise ValueError(f"{folder} has {has} and this run {lacks}: resume with the ema it was written with")
         if plugin.ema is not None:
-            averages = {n.partition(".")[2]: tensors.get_tensor(n) for n in names if n.startswith("average.")}
-            if averages:
-                plugin.ema.load_state_dict({"averages": averages, "updates": int(tensors.metadata()["updates"])})
-            else:
-                plugin.ema.start()
+            plugin.ema.load_state_dict({"averages": averages, "updates": int(tensors.metadata()["updates"])})
 
 
 def wrap(plugin: RobustQ) -> None:

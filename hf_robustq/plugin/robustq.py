@@ -34,7 +34,7 @@ from hf_robustq.plugin.training import Training
 from hf_robustq.products import Products, reasons
 from hf_robustq.quantizers import Quantizer
 from hf_robustq.regularizers import REGULARIZERS
-from hf_robustq.sharded import whole_shape
+from hf_robustq.sharded import check_finite, whole_shape
 from hf_robustq.sites import LeftOut, Site, attach, detach, find_sites, refuse_wrapped
 from hf_robustq.size import Size, size
 from hf_robustq.stage import Stage
@@ -381,6 +381,8 @@ class RobustQ:
         for site in self.sites:
             for stage in (*site.weight_stages, *site.activation_stages):
                 try:
+                    for name, tensor in stage.state_dict(keep_vars=True).items():
+                        check_finite(name, tensor)
                     cast(Stage, stage).restored()
                 except ValueError as error:
                     raise ValueError(f"{site.name}: {error}") from None

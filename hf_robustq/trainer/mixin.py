@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
-from transformers.trainer_utils import default_compute_objective, get_last_checkpoint
+from transformers.trainer_utils import default_compute_objective
 
 from hf_robustq.card import write_card
 from hf_robustq.config import RobustQConfig, check_known
@@ -26,8 +26,10 @@ from hf_robustq.plugin.publish import load_state, save_state
 from hf_robustq.plugin.robustq import BITS_LR
 from hf_robustq.schedules import LR_SCHEDULES
 from hf_robustq.sweep import DEFAULT_SETTINGS, Setting, parse_settings
+from hf_robustq.trainer import checkpoints
 from hf_robustq.trainer.batches import calibration_batches, forward
 from hf_robustq.trainer.callback import RobustQCallback, several_gpus
+from hf_robustq.trainer.checkpoints import last_whole
 from hf_robustq.trainer.optimizer import check_section, group_apart, learning_rate_factor
 from hf_robustq.trainer.record import Histograms, card_facts
 from hf_robustq.trainer.resume import check_config, own_names, readable
@@ -177,9 +179,7 @@ class RobustQMixin(_AnyTrainer):
             apart = self.scale_lr is not None or bool(self.robustq.bits.stages())
             check_section(deepspeed.deepspeed_config.get("optimizer"), apart)
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(str(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise ValueError(f"no checkpoint in {self.args.output_dir}: train without resume_from_checkpoint")
+            resume_from_checkpoint = str(last_whole(Path(str(self.args.output_dir)), self.args.save_only_model))
         if resume_from_checkpoint:
             result = self._resume(Path(resume_from_checkpoint), *args, **kwargs)
         else:
@@ -201,8 +201,7 @@ class RobustQMixin(_AnyTrainer):
             self._observed = self.state.global_step
 
     def _resume(self, checkpoint: Path, *args: Any, **kwargs: Any) -> Any:
-        if not checkpoint.is_dir():
-            raise ValueError(f"{checkpoint} is no folder: name a checkpoint to resume from")
+        checkpoints.check(checkpoint)
         check_config(checkpoint, self.robustq)
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         with ExitStack() as stack:
