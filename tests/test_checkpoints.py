@@ -110,6 +110,15 @@ def test_averages_go_with_their_checkpoint(tmp_path, copied):
         trainer(folder, ema={"decay": 0.5}).train(resume_from_checkpoint=str(folder / "checkpoint-4"))
 
 
+def test_a_run_that_had_ended_stays_as_it_was(tmp_path):
+    """In the middle of an epoch: two steps of three."""
+    ended = trainer(tmp_path, steps=2)
+    ended.train()
+    again = trainer(tmp_path, steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert same(weights(again.model), weights(ended.model)) and again.state.global_step == 2
+
+
 class Killed(TrainerCallback):
     """Dies in the middle of a save: what comes after the weights is not written."""
 

@@ -215,6 +215,12 @@ class RobustQMixin(_AnyTrainer):
             finally:
                 self._resumed = None
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever; no more batches for a run that has had all its steps, which the Trainer would give one more."""
+        return (
+            ([], None) if self.state.global_step >= self.state.max_steps else super().get_batch_samples(*args, **kwargs)
+        )
+
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """As ever; with ASAM twice."""
         once = partial(super().training_step, model, inputs, *args, **kwargs)
