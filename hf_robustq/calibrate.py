@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -114,11 +115,18 @@ def input_probe(site: Site) -> InputProbe | CallProbe:
 
 
 def rows(batch: Any) -> int:
-    """The samples in a batch: the leading dimension of its first tensor; 1 where it has none."""
+    """The samples in a batch: the leading dimension that most of its tensors have; 1 where it has none."""
+    sizes = Counter(_leading(batch))
+    return sizes.most_common(1)[0][0] if sizes else 1
+
+
+def _leading(batch: Any) -> Iterator[int]:
     if isinstance(batch, torch.Tensor):
-        return batch.size(0) if batch.dim() else 1
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    return next((rows(value) for value in values), 1)
+        yield from batch.shape[:1]
+    else:
+        values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
+        for value in values:
+            yield from _leading(value)
 
 
 def observe(

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_robustq.sharded import whole_shape
-from hf_robustq.sites import LeftOut, Site
+from hf_robustq.sites import LeftOut, Site, plain_names
 
 OPERANDS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot", "linear", "matmul", "convolution", "_convolution"), (0, 1)),
@@ -125,8 +125,8 @@ class Products:
     @classmethod
     def of(cls, model: nn.Module, sites: Sequence[Site], names: Collection[str]) -> Self:
         """Of the parameters of these names; vectors (norms, biases) are none."""
-        own = {id(site.parameter) for site in sites}
-        found = {name: p for name, p in model.named_parameters() if name in names and len(whole_shape(p)) > 1}
+        own, plain = {id(site.parameter) for site in sites}, plain_names(model)
+        found = {plain(name): p for name, p in model.named_parameters() if name in names and len(whole_shape(p)) > 1}
         staged = sum(whole_shape(p).numel() for p in found.values() if id(p) in own)
         return cls(staged=staged, unstaged={n: whole_shape(p).numel() for n, p in found.items() if id(p) not in own})
 
@@ -161,9 +161,9 @@ class Products:
 
 def reasons(model: nn.Module, left_out: Sequence[LeftOut], unstaged: Collection[str]) -> list[LeftOut]:
     """Why each of the `unstaged` is not staged, where `left_out` does not say so yet."""
-    modules, said = dict(model.named_modules()), [one.name for one in left_out]
-    named = model.named_parameters(remove_duplicate=False)
-    ids = {name: id(parameter) for name, parameter in named}
+    plain, said = plain_names(model), [one.name for one in left_out]
+    modules = {plain(name): module for name, module in model.named_modules()}
+    ids = {plain(name): id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     known = {ids[name] for name in said if name in ids}  # under another name, where it is tied
 
     def reason(name: str) -> str:

@@ -226,8 +226,9 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, body: bytes, repo: str, revision: str, name: str) -> None:
         content = self.hub.repos.get(repo, {}).get(name)
         if content is None:
-            code = "EntryNotFound" if repo in self.hub.repos else "RepoNotFound"
-            self.answer(404, {"error": "not found"}, {"X-Error-Code": code, "X-Repo-Commit": "0" * 40})
+            sha = self.hub.sha(repo) if repo in self.hub.repos else ""
+            headers = {"X-Error-Code": "EntryNotFound" if sha else "RepoNotFound", "X-Repo-Commit": sha or "0" * 40}
+            self.answer(404, {"error": "not found"}, headers)
             return
         etag = hashlib.sha256(content).hexdigest()
         self.answer(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": self.hub.sha(repo)})

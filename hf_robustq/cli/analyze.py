@@ -57,7 +57,7 @@ def _plain(value: Any) -> Any:
 def run(args: argparse.Namespace) -> None:
     from accelerate.utils import send_to_device
 
-    from hf_robustq.trainer.batches import calibration_batches, count_rows, forward
+    from hf_robustq.trainer.batches import calibration_batches, forward, rows
     from hf_robustq.trainer.predictions import predicted, scores
 
     settings = parse_settings(args.settings)
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
         plugin.observe(known, call, activations=True)
 
     def predict(model: Any, batch: Any) -> Any:
-        return predicted(trainer, model, batch, count_rows(batch))
+        return predicted(trainer, model, batch, rows(batch), rows(batch))
 
     def score(outputs: list[Any]) -> dict[str, float]:
         return scores(trainer, outputs)

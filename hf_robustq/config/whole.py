@@ -35,6 +35,8 @@ class RobustQConfig:
     routers              stage what chooses experts too
     parameters           fnmatch patterns of parameters to stage besides, of modules that are no known layers: a
                          matrix [out, in], or a stack of matrices, each with steps of its own
+    adapters             stage the layers of adapters too, LoRA's A and B (an adapter's folder then has the stages'
+                         tensors, too, of which PEFT warns that they have one dimension)
     memory               "keep": quantized weights and inputs are kept for the backward; "recompute": it makes them
                          anew, which costs a quantization more and no memory, but for what satnl gives (not
                          together with gradient checkpointing, whose work it undoes)
@@ -57,6 +59,7 @@ class RobustQConfig:
     embeddings: bool = False
     routers: bool = False
     parameters: tuple[str, ...] = ()
+    adapters: bool = False
     memory: Literal["keep", "recompute"] = "keep"
     oscillations: Literal["ignore", "watch", "freeze"] = "ignore"
     freeze_above: float = 0.02

@@ -63,6 +63,7 @@ def bake(plugin: RobustQ, activations: bool) -> None:
             sites.bake(site)
         if activations:
             sites.attach(site, {"probe": probe}, inputs)
+    sites.follow_adapters(plugin.model)
     plugin.config = config
     (mark if activations else unmark)(plugin)
 

@@ -30,6 +30,7 @@ class Calibration:
 
     def calibrate(self, batches: Iterable[Any], forward: Forward) -> None:
         plugin = self.plugin
+        plugin.check_in_place()
         plugin.agree()
         distributed.broadcast(stage.d for _, stage in saturated(plugin))
         if distributed.weights_on_rank_0(plugin.model):

@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_robustq.plugin.publish import Publisher, differs
 from hf_robustq.renaming import guard
+from hf_robustq.sites import inner
 
 if TYPE_CHECKING:
     from hf_robustq.plugin.robustq import RobustQ
@@ -22,10 +23,10 @@ BESIDES = ("quant_method", "products")
 
 def mark(plugin: RobustQ) -> None:
     """The model leads to its plugin; `save_pretrained` writes its config into `config.json`, and what it publishes."""
-    model: Any = plugin.model
+    model: Any = inner(plugin.model)
     object.__setattr__(model, PLUGIN, plugin)
     if has_config(model):
-        _own_config(model)
+        _own_config(plugin.model, model.config)
         guard(model)
         values = {"quant_method": METHOD, **plugin.config.to_dict()}
         if plugin.products is not None:
@@ -35,9 +36,8 @@ def mark(plugin: RobustQ) -> None:
             model.hf_quantizer = Publisher(plugin)
 
 
-def _own_config(model: nn.Module) -> None:
+def _own_config(model: nn.Module, shared: Any) -> None:
     """A copy of the config wherever the model holds it: another model may have been built from the same object."""
-    shared: Any = model.config
     own = copy.copy(shared)
     for module in model.modules():
         if vars(module).get("config") is shared:
@@ -46,7 +46,7 @@ def _own_config(model: nn.Module) -> None:
 
 def unmark(plugin: RobustQ) -> None:
     """Undo `mark`."""
-    model: Any = plugin.model
+    model: Any = inner(plugin.model)
     vars(model).pop(PLUGIN, None)
     if isinstance(vars(model).get("hf_quantizer"), Publisher):
         del model.hf_quantizer

@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from hf_robustq import distributed
 from hf_robustq.reparam import SatNL, satnl
 from hf_robustq.sharded import assign, held, is_sharded, settle, uses_deepspeed, values_kept, whole
-from hf_robustq.sites import Site
+from hf_robustq.sites import Site, inner
 
 if TYPE_CHECKING:
     from hf_robustq.plugin.robustq import RobustQ
@@ -44,9 +44,11 @@ def differs(plugin: RobustQ) -> bool:
 @contextmanager
 def published(plugin: RobustQ) -> Iterator[None]:
     """See `RobustQ.published`. Local to every rank: SatNL works element by element."""
+    plugin.check_in_place()
     pairs = [(site, stage) for site, stage in saturated(plugin) if stage.enabled]
     settle(plugin.model)
-    publisher = vars(plugin.model).pop("hf_quantizer", None)  # what is saved now is as it should be
+    model: Any = inner(plugin.model)
+    publisher = vars(model).pop("hf_quantizer", None)  # what is saved now is as it should be
     try:
         with plugin.averaged(), values_kept(plugin.model, [held(site.parameter) for site, _ in pairs]):
             with torch.no_grad():
@@ -59,7 +61,7 @@ def published(plugin: RobustQ) -> Iterator[None]:
         for _, stage in pairs:
             stage.enabled = True
         if publisher is not None:
-            plugin.model.hf_quantizer = publisher
+            model.hf_quantizer = publisher
 
 
 class FloatModel(HfQuantizer):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Self, cast
 
 from torch import nn
@@ -15,7 +16,7 @@ from hf_robustq import distributed
 from hf_robustq.calibrate import Forward, weight_probe
 from hf_robustq.config import QuantizerConfig, RobustQConfig
 from hf_robustq.optim import EMA
-from hf_robustq.plugin import afterwards
+from hf_robustq.plugin import adapters, afterwards
 from hf_robustq.plugin.bits import LearnedBits
 from hf_robustq.plugin.calibration import Calibration
 from hf_robustq.plugin.mark import PLUGIN, mark, refuse_quantized
@@ -35,7 +36,16 @@ from hf_robustq.products import Products, reasons
 from hf_robustq.quantizers import Quantizer
 from hf_robustq.regularizers import REGULARIZERS
 from hf_robustq.sharded import check_finite, whole_shape
-from hf_robustq.sites import LeftOut, Site, attach, detach, find_sites, refuse_wrapped
+from hf_robustq.sites import (
+    LeftOut,
+    Site,
+    attach,
+    detach,
+    find_sites,
+    follow_adapters,
+    inner,
+    refuse_wrapped,
+)
 from hf_robustq.size import Size, size
 from hf_robustq.stage import Stage
 from hf_robustq.telemetry import FiniteWatch, by_layer, means, site_histograms
@@ -69,7 +79,14 @@ class RobustQ:
         self.model = model
         touch_edges = config.first_last != "float"
         self.sites, self.left_out, edges = find_sites(
-            model, config.include, config.exclude, touch_edges, config.embeddings, config.routers, config.parameters
+            model,
+            config.include,
+            config.exclude,
+            touch_edges,
+            config.embeddings,
+            config.routers,
+            config.parameters,
+            config.adapters,
         )
         if not self.sites:
             reasons = "; ".join(f"{one.name}: {one.reason}" for one in self.left_out)
@@ -90,6 +107,8 @@ class RobustQ:
         """The plugin of a staged model: one that was loaded, say, or is wrapped by now. Else a `ValueError`."""
         for module in (model, *model.modules()):
             if isinstance(plugin := vars(module).get(PLUGIN), cls):
+                if inner(model) is inner(plugin.model):
+                    plugin.follow(model)
                 return plugin
         raise ValueError("this model has no stages: create RobustQ(model, config), or load a folder that has them")
 
@@ -118,19 +137,22 @@ class RobustQ:
                 attach(site, stages, activation_stages(self.config, site, self.edges), recompute)
                 shared[id(site.parameter)] = site.weight_stages  # both ends of a tie get the same stages
                 attached.append(site)
-            self._check_regularizers()
+            follow_adapters(self.model)
+            adapters.check(self)
             wrap(self)
         except Exception:
             for site in attached:
                 detach(site)
             raise
 
-    def _check_regularizers(self) -> None:
+    def check_regularizers(self) -> None:
+        """Raise `ValueError` for a regularizer that acts on no weight."""
         for regularizer in self.config.regularizers:
             if not carriers(self.sites, regularizer.method):
                 stage = REGULARIZERS[regularizer.method](**regularizer.options)
-                inner = [site for site in self.sites if site.name not in self.edges]
-                reasons = {stage.refuses(site.module) or "frozen" for site in inner} or {"a first or last layer"}
+                acting = [site for site in self.sites if site.name not in self.edges]
+                reasons = {stage.refuses(site.module) or adapters.frozen(self) for site in acting}
+                reasons = reasons or {"a first or last layer"}
                 raise ValueError(
                     f"{regularizer.method}: every weight it would act on is {' or '.join(sorted(reasons))}: "
                     "let it act on some, or drop it"
@@ -158,6 +180,14 @@ class RobustQ:
     def initialize(self) -> None:
         """Set the steps that are not set yet from what was observed, each by the rule of its config."""
         self._calibration.initialize()
+
+    def check_in_place(self) -> None:
+        """Raise `ValueError` for a staged layer that the model has no more, as a head that was exchanged or resized."""
+        layers = {id(module) for module in self.model.modules()}
+        if gone := next((site.name for site in self.sites if id(site.module) not in layers), ""):
+            raise ValueError(
+                f"the layer of {gone} has been replaced since it was staged: change the model, then create RobustQ"
+            )
 
     def before_wrapping(self) -> None:
         """What backends need to know of the stages' tensors; called where the plugin is created and calibrates.
@@ -328,6 +358,37 @@ class RobustQ:
         """
         return published(self)
 
+    # ---- adapters --------------------------------------------------------------------------------
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The model without PEFT's wrapping: what merging the adapters leaves."""
+        return inner(self.model)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether PEFT's adapters are what is trained: then a saved folder holds them only."""
+        return self.base_model is not self.model or getattr(self.model, "_hf_peft_config_loaded", False)
+
+    def follow(self, model: nn.Module) -> None:
+        """Go on with what PEFT made of the model, `get_peft_model(model, ...)` or `merge_and_unload()`.
+
+        `RobustTrainer` and `RobustQ.of` call it. Raises `ValueError` for another model, for copies of staged layers
+        (`modules_to_save`), and for a regularizer left with nothing to act on.
+        """
+        adapters.follow(self, model)
+
+    def save(self, folder: str | Path) -> None:
+        """Write what the stages hold (steps, statistics) to `robustq_stages.safetensors`: an adapter's folder lacks it.
+
+        A folder of the whole model has it already.
+        """
+        adapters.save(self, folder, write=distributed.rank() == 0)
+
+    def load(self, folder: str | Path) -> None:
+        """Take over what `save` wrote: calibrated, and trained. Raises `ValueError` for another config."""
+        adapters.load(self, folder)
+
     # ---- afterwards ------------------------------------------------------------------------------
 
     def bake(self, activations: bool = False) -> nn.Module:
@@ -409,4 +470,4 @@ class RobustQ:
 
     def __repr__(self) -> str:
         """A table: weight, shape, stages, bits; then what was left out, what stays float, and why."""
-        return table(self.sites, self.left_out, self.float_inputs)
+        return table(self.sites, self.left_out, self.float_inputs, adapters.unregularized(self))

@@ -53,6 +53,8 @@ class Training:
         if first is None:
             first = bool(GradientState().sync_gradients)
         said = index is not None
+        if self._moment is None:
+            self.plugin.check_in_place()
         if first:
             index = (self._moment.step + 1 if self._moment else 0) if index is None else index
             self.after_optimizer_step()
@@ -67,6 +69,8 @@ class Training:
             self._next_micro_batch()
         for regularizer in self.plugin.config.regularizers:
             acting = carriers(self.plugin.sites, regularizer.method)
+            if not acting:
+                self.plugin.check_regularizers()
             factor = regularizer.strength * SCHEDULES[regularizer.schedule](progress) / len(acting) * regularizer.every
             due = first and self._moment is not None and self._moment.step % regularizer.every == 0
             for site, stage in acting:

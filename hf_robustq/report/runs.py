@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from hf_robustq.sweep import Sweep, load_measured, load_sweeps, read_json
 
 SWEEP_FILE = "robustq_sweep.json"
@@ -103,6 +101,8 @@ def _training(folder: Path) -> Run:
     facts = read_json(folder / RUN_FILE) if (folder / RUN_FILE).is_file() else {}
     weights = read_json(folder / WEIGHTS_FILE) if (folder / WEIGHTS_FILE).is_file() else {}
     state = folder / STATE_FILE
+    from transformers.trainer_utils import get_last_checkpoint  # which imports PEFT where that is installed
+
     if not state.is_file() and (checkpoint := get_last_checkpoint(str(folder))):
         state = Path(checkpoint) / STATE_FILE
     log = read_json(state).get("log_history", []) if state.is_file() else []

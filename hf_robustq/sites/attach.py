@@ -5,7 +5,8 @@ parameter through `<tensor>_stages`, an ordinary `nn.Sequential`, on every read.
 (`F.linear`, `addmm`, a fused attention kernel) see the staged weight; readers of `_parameters` (optimizer,
 `state_dict`, FSDP2, ZeRO-3, safetensors, weight tying) see the user's own parameter under its own name.
 The same subclass passes the module's input through `activation_stages`. A module may have several staged tensors
-(experts, recurrent layers); its forward then reads each of them once.
+(experts, recurrent layers); its forward then reads each of them once. What is written to the attribute goes to the
+stored parameter (`written`); an adapter around the module merges into that one too (`adapters`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_robustq.sharded import assign, is_sharded, whole
+from hf_robustq.sites.adapters import enter, inside, is_adapted, watch_adapters
 from hf_robustq.sites.site import Site
+from hf_robustq.sites.written import check_new, is_reparametrized, refuse, writable
 
 INPUTS = "activation_stages"
 
@@ -28,17 +31,25 @@ def _property(tensor: str) -> property:
     """The attribute whose read goes through the stages."""
     stages_name = f"{tensor}_stages"
 
+    def read(self: nn.Module) -> Any:
+        try:
+            return getattr(self, stages_name)(self._parameters[tensor])
+        except AttributeError as error:  # nn.Module.__getattr__ would go on and return the raw parameter
+            raise RuntimeError(f"a stage of {tensor} failed: {error}") from error
+
     def get(self: nn.Module) -> Any:
-        stored = self._parameters[tensor]
+        stored = self._parameters.get(tensor)
         if stored is None or isinstance(stored, DTensor) or stored.is_meta:  # storage, not compute
             return stored
+        if not inside(self):
+            if is_adapted(self) and not is_reparametrized(self, tensor):  # merging, not compute
+                return stored
+            value = read(self)
+            return value if value is stored else writable(value, self, tensor)
         known: dict[str, Tensor] | None = self.__dict__.get("_known")
         if known is not None and tensor in known:
             return known[tensor]
-        try:
-            value = getattr(self, stages_name)(stored)
-        except AttributeError as error:  # nn.Module.__getattr__ would go on and return the raw parameter
-            raise RuntimeError(f"a stage of {tensor} failed: {error}") from error
+        value = read(self)
         if known is not None:
             known[tensor] = value
         reads: list[Rebuilt] | None = self.__dict__.get("_reads")
@@ -46,10 +57,13 @@ def _property(tensor: str) -> property:
             source = None if is_sharded(stored) else stored  # gathered anew, by then
             reads.append(Rebuilt(stored.detach(), lambda: cast(Tensor, self._parameters[tensor]).detach(), source))
             if value is not stored:
-                reads.append(Rebuilt(value, lambda: getattr(self, tensor), source))
+                reads.append(Rebuilt(value, lambda: read(self), source))
         return value
 
-    return property(get)
+    def set_(self: nn.Module, value: Any) -> None:  # noqa: ARG001
+        refuse(tensor)
+
+    return property(get, set_)
 
 
 @functools.cache
@@ -71,6 +85,7 @@ def staged_class(cls: type[nn.Module], *tensors: str) -> type[nn.Module]:
         once = len(tensors) > 1 and "_known" not in self.__dict__
         if once:
             object.__setattr__(self, "_known", {})
+        enter(self)
         try:
             if not self.__dict__.get("_recompute") or not torch.is_grad_enabled():
                 return cls.forward(self, *args, **kwargs)
@@ -79,6 +94,7 @@ def staged_class(cls: type[nn.Module], *tensors: str) -> type[nn.Module]:
             with torch.autograd.graph.saved_tensors_hooks(functools.partial(_pack, reads), _unpack):
                 return cls.forward(self, *args, **kwargs)
         finally:
+            enter(self, by=-1)
             if once:
                 object.__delattr__(self, "_known")
             self.__dict__.pop("_reads", None)
@@ -87,10 +103,29 @@ def staged_class(cls: type[nn.Module], *tensors: str) -> type[nn.Module]:
         _, _, *state = object.__reduce_ex__(self, protocol)
         return _rebuild, (cls, *tensors), *state
 
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if not self.__dict__.get("_loading"):
+            for tensor in tensors:
+                check_new(self, tensor, name, param)
+        cls.register_parameter(self, name, param)
+
+    def load(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        object.__setattr__(self, "_loading", True)  # a state dict has what is stored
+        try:
+            cls._load_from_state_dict(self, *args, **kwargs)
+        finally:
+            object.__delattr__(self, "_loading")
+
+    def delete(self: nn.Module, name: str) -> None:
+        if name in tensors:
+            refuse(name)
+        cls.__delattr__(self, name)
+
     body: dict[str, Any] = {tensor: _property(tensor) for tensor in tensors}
     if issubclass(cls, nn.RNNBase):
         body |= _recurrent()
     body |= {"forward": forward, "__reduce_ex__": reduce, "_unstaged": cls, "_tensors": tensors}
+    body |= {"register_parameter": register_parameter, "_load_from_state_dict": load, "__delattr__": delete}
     return cast(type[nn.Module], type(cls.__name__, (cls,), {**body, "__module__": cls.__module__}))
 
 
@@ -198,6 +233,7 @@ def attach(
     module.add_module(site.inputs, _sequence(activation_stages, module.training))
     object.__setattr__(module, "_recompute", recompute)
     object.__setattr__(module, "_input_stages", (*vars(module).get("_input_stages", ()), site.inputs))
+    watch_adapters()
     _restage(module, (*_staged(module), site.tensor))
 
 
@@ -217,8 +253,8 @@ def detach(site: Site) -> None:
     delattr(module, f"{site.tensor}_stages")
     delattr(module, site.inputs)
     if not left:
-        object.__delattr__(module, "_input_stages")
-        object.__delattr__(module, "_recompute")
+        for name in ("_input_stages", "_recompute", "_readers", "_adapter"):
+            vars(module).pop(name, None)
 
 
 @torch.no_grad()

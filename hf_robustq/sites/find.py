@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from hf_robustq.sites.adapters import ADAPTER, adapter_modules, inner, layers_of, plain_names
 from hf_robustq.sites.kinds import candidates_of, routers_of
 from hf_robustq.sites.site import LeftOut, Site
 
@@ -20,6 +21,7 @@ def find_sites(
     embeddings: bool = False,
     routers: bool = False,
     parameters: Sequence[str] = (),
+    adapters: bool = False,
 ) -> tuple[list[Site], list[LeftOut], dict[str, str]]:
     """The weights of a model that can be staged, in registration order; those left out with the reason; the edges.
 
@@ -27,18 +29,24 @@ def find_sites(
 
     `include`, `exclude`, `parameters` (more of them, of modules that are no known layers): fnmatch patterns of
     parameter names; one that matches nothing raises `ValueError`. `first_last=False` leaves out the first layer (where
-    no embedding comes before it) and the output layer; `routers=False` what chooses experts. A tensor shared with a
-    module that is no site is left out: both ends of a tie are staged, or neither.
+    no embedding comes before it) and the output layer; `routers=False` what chooses experts; `adapters=False` the
+    layers of adapters (LoRA's A and B). A tensor shared with a module that is no site is left out: both ends of a tie
+    are staged, or neither. Names are those of the model without adapters.
     """
     candidates: list[Site] = []
     left: list[LeftOut] = []
     owners: dict[int, list[str]] = {}
     choosing = set() if routers else routers_of(model)
+    plain, theirs = plain_names(model), adapter_modules(model)
     for name, module in model.named_modules():
-        for tensor, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{name}.{tensor}" if name else tensor)
-        for site, reason in candidates_of(name, module, embeddings, parameters):
+        own = {plain(f"{name}.{key}" if name else key): p for key, p in module._parameters.items() if p is not None}
+        for key, parameter in own.items():
+            owners.setdefault(id(parameter), []).append(key)
+        found, why = candidates_of(plain(name), module, embeddings, parameters), theirs.get(id(module), "")
+        if why and not (adapters and why == ADAPTER and found):
+            left += [LeftOut(key, why) for key in own if not key.endswith("bias")]
+            continue
+        for site, reason in found:
             if reason or name in choosing:
                 left.append(LeftOut(site.name, reason or "a router (routers=True)"))
             else:
@@ -47,10 +55,12 @@ def find_sites(
     for what, patterns in (("", (*include, *exclude)), ("parameters: ", parameters)):
         for pattern in patterns:
             if candidates and not any(fnmatchcase(site.name, pattern) for site in candidates):
+                if any(fnmatchcase(one.name, pattern) for one in left if one.reason == ADAPTER):
+                    raise ValueError(f"pattern {pattern!r} matches weights of adapters only: adapters=True stages them")
                 examples = ", ".join(site.name for site in candidates[:3])
                 raise ValueError(f"{what}pattern {pattern!r} matches no weight; weights are named like {examples}")
 
-    edges = edge_names(model, candidates)
+    edges = edge_names(inner(model), [site for site in candidates if id(site.module) not in theirs])
     kept: list[Site] = []
     for site in candidates:
         if not any(fnmatchcase(site.name, pattern) for pattern in include):
@@ -88,10 +98,11 @@ def edge_names(model: nn.Module, sites: Sequence[Site]) -> dict[str, str]:
         own = {id(module) for module in body.modules()}
         sites = sorted(sites, key=lambda site: id(site.module) not in own)
     outputs = [
-        getter()
+        layer
         for module in modules.values()
         for getter in (getattr(module, "get_output_embeddings", None), getattr(module, "get_classifier", None))
         if callable(getter)
+        for layer in layers_of(getter())
     ]
     edges = {site.name: "output layer" for site in sites if any(site.module is output for output in outputs)}
     if not edges and getattr(model, "base_model", None) is not model:  # a bare transformers backbone has no output

@@ -114,6 +114,7 @@ def sweep(
     """
     model = plugin.model if model is None else model
     wanted = parse_settings(settings)
+    plugin.check_in_place()
     plugin.warn_reshaped([setting.name for setting in wanted if not setting.own])
     outputs: dict[str, list[Any]] = {setting.name: [] for setting in wanted}
     steps = Steps(plugin, model, calibration, seed)

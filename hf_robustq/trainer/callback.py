@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_robustq.plugin import RobustQ
+from hf_robustq.plugin.adapters import inner
 from hf_robustq.plugin.publish import differs, load_state
 from hf_robustq.renaming import saves_other_names
 from hf_robustq.sharded import is_sharded, uses_deepspeed
@@ -41,6 +43,9 @@ class RobustQCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         if isinstance(kwargs.get("model"), torch.nn.DataParallel) or args.n_gpu > 1:
             raise ValueError(several_gpus(args.n_gpu))
+        model = kwargs.get("model")
+        if isinstance(model, torch.nn.Module) and inner(model) is self.plugin.base_model:
+            self.plugin.follow(model)
         if not self.plugin.calibrated and self.calibrate is not None:
             self.calibrate()
         if not self.plugin.calibrated:
@@ -53,11 +58,18 @@ class RobustQCallback(TrainerCallback):
                 "Trainer does not know: use RobustTrainer, or RobustQMixin before your Trainer class"
             )
         stock = self.begin is None and state.global_step > 0
-        if stock and not in_pieces(self.plugin.model) and saves_other_names(self.plugin.model):
+        if (
+            stock
+            and not self.plugin.adapted
+            and not in_pieces(self.plugin.model)
+            and saves_other_names(self.plugin.model)
+        ):
             raise ValueError(
                 "a stock Trainer does not find the weights of this architecture in a checkpoint, where transformers "
                 "gives them other names: resume with RobustTrainer, or RobustQMixin before your Trainer class"
             )
+        if stock and self.plugin.adapted:
+            logger.warning("a checkpoint of an adapter has the steps apart: plugin.load(checkpoint) takes them over")
         self.plugin.bits.check_phases(state.max_steps)
         if args.load_best_model_at_end and self.plugin.bits.learning():
             raise ValueError(
@@ -125,6 +137,10 @@ class RobustQCallback(TrainerCallback):
 
     on_epoch_end = on_step_end
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        if self.begin is None and self.plugin.adapted:  # a stock Trainer saves the adapter only
+            self.plugin.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:  # noqa: ARG002
         self.plugin.end_micro_batch()
         if self.plugin.bits.learning():
@@ -135,7 +151,9 @@ class RobustQCallback(TrainerCallback):
 
     def _load_best(self, checkpoint: Path) -> None:
         """What the Trainer leaves out when it loads the best checkpoint: renamed weights, and those of a state file."""
-        if not in_pieces(self.plugin.model) and (state := by_own_names(checkpoint, self.plugin.model)) is not None:
+        if self.plugin.adapted:
+            self.plugin.load(checkpoint)
+        elif not in_pieces(self.plugin.model) and (state := by_own_names(checkpoint, self.plugin.model)) is not None:
             self.plugin.model.load_state_dict(state)
         if differs(self.plugin):
             load_state(self.plugin, checkpoint)

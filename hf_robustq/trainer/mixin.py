@@ -22,6 +22,8 @@ from hf_robustq.config import RobustQConfig, check_known
 from hf_robustq.optim import ASAM, EMA
 from hf_robustq.optim.asam import UNDER_DEEPSPEED, check_optimizer
 from hf_robustq.plugin import RobustQ
+from hf_robustq.plugin.adapters import load as load_stages
+from hf_robustq.plugin.adapters import save as save_stages
 from hf_robustq.plugin.publish import load_state, save_state
 from hf_robustq.plugin.robustq import BITS_LR
 from hf_robustq.schedules import LR_SCHEDULES
@@ -97,8 +99,8 @@ class RobustQMixin(_AnyTrainer):
             self.args.hub_token = Secret(self.args.hub_token)
         if self.args.n_gpu > 1:
             raise ValueError(several_gpus(self.args.n_gpu))
-        if given is not None and given.model is not self.model:
-            raise ValueError("robustq belongs to another model: pass the model it was created with")
+        if given is not None:
+            given.follow(cast(nn.Module, self.model))
         if self.model_init is None:  # else `call_model_init` has created it
             self.robustq = given or self._stage(cast(nn.Module, self.model))
             try:
@@ -210,6 +212,8 @@ class RobustQMixin(_AnyTrainer):
             folder = folder if sharded else stack.enter_context(own_names(folder, self.robustq.model))
             self._scheduler_state = folder / "scheduler.pt" if bare else None
             self._resumed = folder
+            if self.robustq.adapted:
+                load_stages(self.robustq, folder)
             try:
                 return super().train(str(folder), *args, **kwargs)
             finally:
@@ -292,7 +296,10 @@ class RobustQMixin(_AnyTrainer):
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As ever, of the published model; a checkpoint also gets what a resumed run goes on with."""
+        """As ever, of the published model; a checkpoint also gets what a resumed run goes on with.
+
+        The folder of an adapter gets what the stages hold, too (`RobustQ.load` reads it).
+        """
         self.robustq.watch.check(self.state.global_step)
         if _internal_call and self.is_in_train:
             self.observe()
@@ -300,6 +307,8 @@ class RobustQMixin(_AnyTrainer):
             super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None:
             save_state(self.robustq, output_dir, write=self.args.should_save)
+        if self.robustq.adapted:
+            save_stages(self.robustq, output_dir or str(self.args.output_dir), write=self.args.should_save)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """A card that says how the model does at each bit-width; the Trainer's own where nothing was swept.

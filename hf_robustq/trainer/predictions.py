@@ -12,15 +12,18 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import nested_concat, nested_numpify
 from transformers.trainer_utils import EvalPrediction
 
-from hf_robustq.trainer.batches import count_rows
+from hf_robustq.trainer.batches import own_copy
 
 
 def predicted(
-    trainer: Trainer, model: Any, inputs: Any, real: int, ignore_keys: list[str] | None = None
+    trainer: Trainer, model: Any, inputs: Any, real: int, own: int, ignore_keys: list[str] | None = None
 ) -> tuple[Any, Any, Any]:
-    """(loss of each sample, logits, labels) of a batch, gathered from all ranks: of its first `real` samples."""
+    """(loss of each sample, logits, labels) of a batch, gathered from all ranks: of its first `real` samples.
+
+    `own`: the samples of this rank.
+    """
     loss_only = trainer.compute_metrics is None or bool(trainer.args.prediction_loss_only)
-    loss, logits, labels = trainer.prediction_step(model, dict(inputs), loss_only, ignore_keys)
+    loss, logits, labels = trainer.prediction_step(model, own_copy(inputs), loss_only, ignore_keys)
     accelerator = trainer.accelerator
     if labels is not None:
         labels = accelerator.pad_across_processes(labels, dim=1, pad_index=-100)
@@ -28,7 +31,6 @@ def predicted(
         logits = accelerator.pad_across_processes(logits, dim=1, pad_index=-100)
         if trainer.preprocess_logits_for_metrics is not None:
             logits = trainer.preprocess_logits_for_metrics(logits, labels)  # pyright: ignore[reportArgumentType]
-    own = count_rows(inputs)
     end = real if real < own * trainer.args.world_size else None  # labels of an image are as many as its objects
 
     def gathered(tensors: Any) -> Any:

@@ -53,7 +53,7 @@ def card_facts(trainer: Any, given: Mapping[str, Any]) -> dict[str, Any]:
         "license": given.get("license"),
         "tags": [tags] if isinstance(tags, str) else list(tags),
         "language": given.get("language"),
-        "task": task_of(trainer.model) if tasks is None else tasks if isinstance(tasks, str) else tasks[0],
+        "task": task_of(plugin.base_model) if tasks is None else tasks if isinstance(tasks, str) else tasks[0],
         "metric": callback.main_metric(callback.sweeps[-1].rows)[0],
         "seed": args.seed,
         "settings": training_settings(

@@ -33,7 +33,13 @@ from hf_robustq.sweep import (
     save_sweeps,
     sweep,
 )
-from hf_robustq.trainer.batches import calibration_batches, count_rows, forward, some_of, with_real_samples
+from hf_robustq.trainer.batches import (
+    calibration_batches,
+    counted_batches,
+    forward,
+    some_of,
+    with_real_samples,
+)
 from hf_robustq.trainer.figures import send_figures
 from hf_robustq.trainer.predictions import predicted, scores
 
@@ -165,7 +171,8 @@ class BitWidthSweepCallback(TrainerCallback):
         if any(setting.activations or setting.needs_calibration for setting in self.settings):
             dataset = self.calibration_dataset if self.calibration_dataset is not None else trainer.train_dataset
             samples = plugin.config.calibration_samples
-            batches = list(calibration_batches(trainer, dataset, samples, plugin.config.seed))
+            counted = list(counted_batches(trainer, dataset, samples, plugin.config.seed))
+            batches = [batch for batch, _ in counted]
             if any(setting.activations for setting in self.settings):
                 plugin.observe(batches, forward(trainer), activations=True)
             if any(setting.needs_calibration for setting in self.settings):
@@ -178,7 +185,7 @@ class BitWidthSweepCallback(TrainerCallback):
                 calibration = Calibration(
                     batches, lambda model, batch: run(model, batch)[0], self.lapq_iterations, augmented
                 )
-            context["calibration_samples"] = sum(map(count_rows, batches))
+            context["calibration_samples"] = sum(count for _, count in counted)
         dataloader, batches, subset = self._subset(dataloader)
         try:
             total = len(dataloader) * len(self.settings)
@@ -187,7 +194,7 @@ class BitWidthSweepCallback(TrainerCallback):
         quiet = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
         with tqdm(total=total, desc="sweep", leave=False, disable=quiet) as bar:
 
-            def predict(model: Any, batch: tuple[Any, int]) -> Any:
+            def predict(model: Any, batch: tuple[Any, int, int]) -> Any:
                 bar.update()
                 with self._seeing_products():
                     return predicted(trainer, model, *batch, self.ignore_keys), batch[1]
@@ -222,7 +229,7 @@ class BitWidthSweepCallback(TrainerCallback):
             rows.append(Row(setting=s.name, **bits, metrics=values, **where))
         return Sweep(rows=rows, epoch=trainer.state.epoch, step=trainer.state.global_step, context=context)
 
-    def _subset(self, dataloader: DataLoader) -> tuple[DataLoader, Iterator[tuple[Any, int]], str]:
+    def _subset(self, dataloader: DataLoader) -> tuple[DataLoader, Iterator[tuple[Any, int, int]], str]:
         """(dataloader, its batches, words for the card) of at most `max_samples` samples."""
         seed, limit = self.plugin.config.seed, self.max_samples
         if limit is not None and isinstance(dataloader.dataset, IterableDataset):
