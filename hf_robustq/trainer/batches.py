@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import Trainer
 from transformers.trainer_utils import RemoveColumnsCollator
 
+from hf_robustq.trainer.streams import check_restarts
+
 
 def forward(trainer: Trainer) -> Callable[[Any, Any], Any]:
     """How a Trainer runs a batch: its own `prediction_step`, so its placement and what its subclasses do there."""
@@ -26,7 +28,9 @@ def calibration_batches(
         raise ValueError("calibration needs training data: pass train_dataset or calibration_dataset")
     if callable(getattr(dataset, "evaluation", None)) and not augmented:
         dataset = dataset.evaluation()
-    if not isinstance(dataset, IterableDataset):
+    if isinstance(dataset, IterableDataset):
+        check_restarts(dataset)
+    else:
         dataset = some_of(dataset, samples, seed)
     collator = trainer.data_collator
     if trainer.args.remove_unused_columns:
