@@ -6,10 +6,11 @@ import argparse
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from hf_robustq.cli.parts import longest, padded, part
 from hf_robustq.cli.scores import CLASSES, question_scores, tag_scores, token_scores
+from hf_robustq.data.labels import output_names
 from hf_robustq.recipe import ImageArguments, image_task
 
 
@@ -61,7 +62,7 @@ def images(auto: Any, name: str, args: argparse.Namespace) -> Task:  # noqa: ARG
         eval_split=args.eval_split,
         image_size=args.image_size,
     )
-    train, evaluation, model, _ = image_task(flags, args.seed)
+    train, evaluation, model, _ = image_task(flags, args.seed, measured=True)
     return Task(model, train, evaluation, {**CLASSES})
 
 
@@ -71,23 +72,23 @@ def texts(auto: Any, name: str, args: argparse.Namespace) -> Task:
     from hf_robustq.data.texts import classified_texts
 
     model, tokenizer = auto.from_pretrained(name), part("AutoTokenizer", name)
+    padded(name, model, tokenizer)
     how = {"text": args.text_column_name, "label": args.label_column_name, "length": longest(model, tokenizer)}
-    train, evaluation, labels = classified_texts(args.data, tokenizer, **how, **splits(args))
-    check_outputs(name, model, labels)
+    train, evaluation = classified_texts(args.data, tokenizer, output_names(model), **how, **splits(args))
     return Task(model, train, evaluation, {**CLASSES, "data_collator": DataCollatorWithPadding(tokenizer)})
 
 
 def words(auto: Any, name: str, args: argparse.Namespace) -> Task:
     from transformers import DataCollatorForTokenClassification
 
-    from hf_robustq.data.texts import tagged_words
+    from hf_robustq.data.tags import tagged_words
     from hf_robustq.parsing.subwords import check_tokenizer
 
     model, tokenizer = auto.from_pretrained(name), part("AutoTokenizer", name)
+    padded(name, model, tokenizer)
     check_tokenizer(tokenizer, name)
     how = {"text": args.text_column_name, "tags": args.label_column_name, "length": longest(model, tokenizer)}
-    known = [name for _, name in sorted(model.config.id2label.items())]
-    train, evaluation, tags = tagged_words(args.data, tokenizer, known, **how, **splits(args))
+    train, evaluation, tags = tagged_words(args.data, tokenizer, output_names(model), **how, **splits(args))
     options = {**tag_scores(tags), "data_collator": DataCollatorForTokenClassification(tokenizer)}
     return Task(model, train, evaluation, options)
 
@@ -109,6 +110,7 @@ def masked(auto: Any, name: str, args: argparse.Namespace) -> Task:
     from hf_robustq.data.texts import masked_text
 
     model, tokenizer = auto.from_pretrained(name), part("AutoTokenizer", name)
+    padded(name, model, tokenizer)
     how = {"text": args.text_column_name, "length": longest(model, tokenizer, args.block_size), "seed": args.seed}
     train, evaluation = masked_text(args.data, tokenizer, **how, **splits(args))
     return Task(model, train, evaluation, {**token_scores(), "data_collator": default_data_collator})
@@ -120,6 +122,7 @@ def pairs(auto: Any, name: str, args: argparse.Namespace) -> Task:
     from hf_robustq.data.texts import text_pairs
 
     model, tokenizer = auto.from_pretrained(name), part("AutoTokenizer", name)
+    padded(name, model, tokenizer)
     how = {"text": args.text_column_name, "length": longest(model, tokenizer)}
     train, evaluation = text_pairs(args.data, tokenizer, **how, **splits(args))
     collator = DataCollatorForSeq2Seq(tokenizer, model=model)
@@ -135,6 +138,7 @@ def questions(auto: Any, name: str, args: argparse.Namespace) -> Task:
     from hf_robustq.trainer.batches import some_of
 
     model, tokenizer = auto.from_pretrained(name), part("AutoTokenizer", name)
+    padded(name, model, tokenizer)
     check_tokenizer(tokenizer, name)
     tokenizer.padding_side = "right"
     how = {"text": args.text_column_name, "answers": args.label_column_name}
@@ -154,8 +158,9 @@ def sounds(auto: Any, name: str, args: argparse.Namespace) -> Task:
 
     model, extractor = auto.from_pretrained(name), part("AutoFeatureExtractor", name)
     how = {"audio": args.audio_column_name, "label": args.label_column_name}
-    train, evaluation, labels = sound_splits(args.data, extractor.sampling_rate, **how, **splits(args))
-    check_outputs(name, model, labels)
+    train, evaluation = sound_splits(
+        args.data, extractor.sampling_rate, known=output_names(model), **how, **splits(args)
+    )
     return Task(model, train, evaluation, {"data_collator": SoundCollator(extractor)}, AS_THEY_ARE)
 
 
@@ -167,7 +172,7 @@ def speech(auto: Any, name: str, args: argparse.Namespace) -> Task:
     if extractor is None:
         raise ValueError(f"{name} has no feature extractor: save the processor beside the model")
     how = {"audio": args.audio_column_name, "text": args.text_column_name}
-    train, evaluation, _ = sound_splits(args.data, extractor.sampling_rate, **how, **splits(args))
+    train, evaluation = sound_splits(args.data, extractor.sampling_rate, **how, **splits(args))
     start = getattr(model.config, "decoder_start_token_id", None)
     collator = SoundCollator(extractor, processor.tokenizer, start)
     return Task(model, train, evaluation, {"data_collator": collator}, AS_THEY_ARE)
@@ -178,8 +183,8 @@ def boxes(auto: Any, name: str, args: argparse.Namespace) -> Task:
 
     model, processor = auto.from_pretrained(name), part("AutoImageProcessor", name)
     how = {"image": args.image_column_name, "objects": args.label_column_name}
-    train, evaluation = box_splits(args.data, **how, **splits(args))
-    collator = BoxCollator(processor, model.config.num_labels, list(inspect.signature(model.forward).parameters))
+    train, evaluation, numbers = box_splits(args.data, output_names(model), **how, **splits(args))
+    collator = BoxCollator(processor, numbers, list(inspect.signature(model.forward).parameters))
     training = {**AS_THEY_ARE, "eval_do_concat_batches": False}  # each image has its own number of boxes
     return Task(model, train, evaluation, {"data_collator": collator}, training)
 
@@ -201,36 +206,6 @@ KINDS = (
     Kind("causal language models", "AutoModelForCausalLM", running),
 )
 """The first that has an architecture counts: BART is in two of them."""
-
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model")
-
-
-def part(auto: str, name: str) -> Any:
-    """The tokenizer or processor beside a model. Raises `ValueError` where there is none."""
-    import transformers
-
-    folder = Path(name)
-    texts = auto in ("AutoTokenizer", "AutoProcessor")
-    if texts and folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
-        raise ValueError(f"{name} has no tokenizer: save it beside the model")  # transformers would make an empty one
-    try:
-        return getattr(transformers, auto).from_pretrained(name)
-    except (OSError, ValueError) as error:
-        why = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{name} has no {auto.removeprefix('Auto')}: save it beside the model ({why})") from error
-
-
-def longest(model: Any, tokenizer: Any, limit: int | None = None) -> Any:
-    """How many tokens a row may have: what the model takes, at most `limit`; None where nothing limits it."""
-    from hf_robustq.parsing.subwords import longest
-
-    known = longest(model.base_model, tokenizer)
-    return min((n for n in (known, limit) if n is not None), default=None)
-
-
-def check_outputs(name: str, model: Any, labels: list[str]) -> None:
-    if model.config.num_labels != len(labels):
-        raise ValueError(f"{name} has {model.config.num_labels} outputs but the dataset has {len(labels)} labels")
 
 
 def splits(args: argparse.Namespace) -> dict[str, Any]:

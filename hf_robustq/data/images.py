@@ -24,10 +24,10 @@ def crop_and_flip(images: Tensor, padding: int, top: Tensor, left: Tensor, flip:
 
 
 class ImageDataset(Dataset[dict[str, Tensor | int]]):
-    """Items {"pixel_values": float32 [3, H, W], "labels": int} from uint8 images [N, 3, H, W] and labels [N].
+    """Items {"pixel_values": float32 [C, H, W], "labels": int} from uint8 images [N, C, H, W] and labels [N].
 
-    pixel_values = (image / 255 - mean) / std. Training items are cropped out of the image padded with
-    `padding` zeros (black), and mirrored with probability 1/2 if `flip`; the draw depends only on
+    pixel_values = (image / 255 - mean) / std, each of C numbers. Training items are cropped out of the image padded
+    with `padding` zeros (black), and mirrored with probability 1/2 if `flip`; the draw depends only on
     (seed, epoch, index), never on a global generator, the batch or the worker.
     Raises ValueError if counts differ or a label is outside 0 .. num_labels - 1.
     """
@@ -44,12 +44,14 @@ class ImageDataset(Dataset[dict[str, Tensor | int]]):
         flip: bool = False,
         seed: int = 0,
     ) -> None:
-        assert images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1] == 3, "uint8 [N, 3, H, W]"
+        assert images.dtype == torch.uint8 and images.ndim == 4, "uint8 [N, C, H, W]"
+        if not images.shape[1] == len(mean) == len(std):
+            raise ValueError(f"images of {images.shape[1]} channels need a mean and a std for each, got {mean}, {std}")
         if len(images) != len(labels):
             raise ValueError(f"{len(images)} images but {len(labels)} labels: give one label per image.")
         check_range(labels, num_labels)
         self._images, self._labels = images, labels.long()
-        self._mean, self._std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+        self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
         self._padding, self._flip, self._seed = padding, flip, seed
         self._indices = torch.arange(len(images))
         self._epoch = shared_epoch()
@@ -98,9 +100,10 @@ class ImageDataset(Dataset[dict[str, Tensor | int]]):
 
 def check_range(labels: Tensor, num_labels: int) -> None:
     """ValueError if a label is outside 0 .. num_labels - 1."""
-    outside = labels[(labels < 0) | (labels >= num_labels)]
+    outside = ((labels < 0) | (labels >= num_labels)).nonzero().flatten()
     if len(outside):
+        row = int(outside[0])
         raise ValueError(
-            f"label {int(outside[0])} is outside 0..{num_labels - 1} ({len(outside)} such labels): "
-            f"give the model more labels, or choose a split that is labelled."
+            f"label {int(labels[row])} is outside 0..{num_labels - 1} (row {row}, {len(outside)} such labels): give "
+            "the model more labels, or choose a split that is labelled (--train_split, --eval_split)."
         )

@@ -10,6 +10,8 @@ from torch.utils.data import Dataset
 
 from hf_robustq.data.draws import draws, shared_epoch
 from hf_robustq.data.images import check_range
+from hf_robustq.data.labels import class_numbers
+from hf_robustq.data.pictures import picture, undecoded
 
 if TYPE_CHECKING:
     import datasets
@@ -18,13 +20,13 @@ EVAL_CROP = 0.875  # the share of the resized image's side that ImageNet evaluat
 
 
 class LazyImageDataset(Dataset[dict[str, Tensor | int]]):
-    """Items {"pixel_values": float32 [3, S, S], "labels": int}, S = `image_size`, of a `datasets.Dataset`.
+    """Items {"pixel_values": float32 [C, S, S], "labels": int}, S = `image_size`, of a `datasets.Dataset`.
 
     Training: RandomResizedCrop(S) and RandomHorizontalFlip, drawn from (seed, epoch, index) alone.
     Evaluation: Resize(S / 0.875) of the shorter side and CenterCrop(S).
-    Both end with (image / 255 - mean) / std.
+    Both end with (image / 255 - mean) / std, of as many channels C as `mean` has: 3, or 1 for grey.
     `interpolation` is torchvision's name: "bilinear", "bicubic", ...
-    Raises ValueError if a label is outside 0 .. num_labels - 1.
+    Raises ValueError if a label is outside 0 .. num_labels - 1, and on access for an image that cannot be read.
     """
 
     def __init__(
@@ -51,10 +53,10 @@ class LazyImageDataset(Dataset[dict[str, Tensor | int]]):
         self._eval_transform = v2.Compose(
             [v2.Resize(int(image_size / EVAL_CROP), interpolation=mode), v2.CenterCrop(image_size), *finish]
         )
-        self._images = dataset.with_format(None).select_columns([image])
-        self._labels = torch.tensor(dataset.with_format(None)[label][:], dtype=torch.int64)
+        self._images = undecoded(dataset.select_columns([image]), image)
+        self._labels = class_numbers(dataset, label)
         check_range(self._labels, num_labels)
-        self._column, self._seed, self._augment = image, seed, True
+        self._column, self._seed, self._augment, self._channels = image, seed, True, len(mean)
         self._indices = torch.arange(len(dataset))
         self._epoch = shared_epoch()
 
@@ -63,7 +65,7 @@ class LazyImageDataset(Dataset[dict[str, Tensor | int]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor | int]:
         original = int(self._indices[index])
-        image = self._images[original][self._column].convert("RGB")
+        image = picture(self._images[original][self._column], original, self._channels)
         return {"pixel_values": self._transform(image, original), "labels": int(self._labels[original])}
 
     def _transform(self, image: object, original: int) -> Tensor:

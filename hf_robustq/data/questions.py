@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_robustq.data.labels import check_filled
 from hf_robustq.data.splits import load_splits
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ def question_splits(
             f"{name_or_folder} has no column {missing[0]}: name question and context with --text_column_name, the "
             f"answers with --label_column_name, of {', '.join(both[1].column_names)}"
         )
+    for name, flag in zip(names, [*["--text_column_name"] * 2, *["--label_column_name"] * 2], strict=True):
+        check_filled(both, {flag: name})
     renamed: dict[str, str] = dict(zip(names, ("question", "context", "texts", "begins"), strict=True))
     train, evaluation = (split.select_columns(names).rename_columns(renamed) for split in both)
     return train, evaluation

@@ -29,7 +29,7 @@ def digits(
     pixels, classes = load_digits(return_X_y=True)
     ink = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) * (255 / BRIGHTEST)
     grey = F.interpolate(ink, size=(image_size, image_size), mode="bilinear", align_corners=False)
-    images = grey.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    images = grey.round().to(torch.uint8).expand(-1, len(mean), -1, -1).contiguous()
     labels = torch.tensor(classes, dtype=torch.int64)
     everyone = range(len(labels))
     train, test = train_test_split(everyone, test_size=TEST_IMAGES, stratify=classes, random_state=0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from hf_robustq.data.labels import check_filled, renumbered
 from hf_robustq.data.splits import label_column, label_names, load_splits, of_kinds, pick, text_column
 from hf_robustq.data.texts import only
 
@@ -25,10 +26,13 @@ def sound_splits(
     audio: str | None = None,
     text: Sequence[str] | None = None,
     label: str | None = None,
+    known: Sequence[str] = (),
     train_split: str = "train",
     eval_split: str | None = None,
-) -> tuple["datasets.Dataset", "datasets.Dataset", list[str]]:
-    """(train, eval, label names) with the columns audio and target: a text where `text` is given, else a class.
+) -> tuple["datasets.Dataset", "datasets.Dataset"]:
+    """(train, eval) with the columns audio and target: a text where `text` is given, else a class.
+
+    A class is the number of an output of the model, of which `known` has the names.
 
     audio: the one column of type Audio, brought to `rate` samples a second, else the one of numbers, taken to be of
     that rate; or the one that is named. text: its name, or [] for the one column of strings.
@@ -42,16 +46,18 @@ def sound_splits(
     audio = pick(features, "--audio_column_name", audio, "Audio or list of float", sounds, numbers)
     if text is None:
         target = label_column(features, label)
-        names = label_names(both[0], target)
+        both = renumbered(both, target, label_names(both[0], target), known)
     else:
-        target, names = text_column(features, only(text)), []
+        target = text_column(features, only(text))
+        check_filled(both, {"--text_column_name": target})
+    check_filled(both, {"--audio_column_name": audio})
     both = [split.select_columns([audio, target]) for split in both]
     if isinstance(features[audio], datasets.Audio):
         both = [split.cast_column(audio, datasets.Audio(sampling_rate=rate)) for split in both]
     elif audio in numbers:
         logger.warning("%s is taken to have %d samples a second, as the model does", audio, rate)
     train, evaluation = (split.rename_columns({audio: "audio", target: "target"}) for split in both)
-    return train, evaluation, names
+    return train, evaluation
 
 
 def _is_decoded(kind: Any) -> bool:

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 
 from hf_robustq.data.decode import decode_images
 from hf_robustq.data.images import ImageDataset
+from hf_robustq.data.labels import check_filled, title
 from hf_robustq.data.lazy_images import LazyImageDataset
+from hf_robustq.data.pictures import picture, undecoded
 
 if TYPE_CHECKING:
     import datasets
@@ -97,13 +99,23 @@ def load_splits(
 ) -> tuple["datasets.Dataset", "datasets.Dataset"]:
     """(train, eval) of a hub dataset or a folder; `eval_split` defaults to the first of validation, valid and test."""
     import datasets
+    from datasets.exceptions import DatasetGenerationError
 
-    splits = datasets.load_dataset(name_or_folder, config_name)
+    try:
+        splits = datasets.load_dataset(name_or_folder, config_name)
+    except (DatasetGenerationError, ValueError) as error:
+        why = " ".join(str(error.__cause__ or error).split())
+        if "corresponds to no data" in why:
+            raise ValueError(f"{name_or_folder} has an empty split, {why}: leave its file out, or fill it") from error
+        raise ValueError(f"{name_or_folder} cannot be read: {why}") from error
     eval_split = eval_split or next((name for name in EVAL_SPLITS if name in splits), None)
     for split, flag in ((train_split, "--train_split"), (eval_split, "--eval_split")):
         if split not in splits:
             missing = f"no split {split!r}" if split else f"none of the splits {', '.join(EVAL_SPLITS)}"
             raise ValueError(f"{name_or_folder} has {missing}: choose with {flag} from {', '.join(map(str, splits))}.")
+        if not len(splits[split]):
+            others = ", ".join(str(name) for name, rows in splits.items() if len(rows)) or "no other"
+            raise ValueError(f"{name_or_folder} has no rows in its split {split}: choose with {flag} from {others}")
     return splits[train_split], splits[eval_split]
 
 
@@ -125,16 +137,22 @@ def load_image_splits(
     train, evaluation = load_splits(name_or_folder, config_name, train_split, eval_split)
     image, label = find_columns(train.features, image, label)
     find_columns(evaluation.features, image, label)
+    check_filled([train, evaluation], {"--image_column_name": image, "--label_column_name": label})
     return train, evaluation, image, label, label_names(train, label)
 
 
 def label_names(dataset: "datasets.Dataset", label: str) -> list[str]:
+    """The ClassLabel's, or "0", "1", ... up to the largest integer."""
     import datasets
 
     feature = dataset.features[label]
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
-    return [str(value) for value in range(max(dataset.with_format(None)[label][:]) + 1)]
+    check_filled([dataset], {"--label_column_name": label})
+    largest = max(dataset.with_format(None)[label][:])
+    if not 0 <= largest < 10**6:
+        raise ValueError(f"the largest {label} of {title(dataset)} is {largest}: name classes with --label_column_name")
+    return [str(value) for value in range(largest + 1)]
 
 
 def image_datasets(
@@ -155,15 +173,17 @@ def image_datasets(
 
     Up to 64 pixels the images are decoded once and stay in memory, and training shifts them by up to 1/8 of
     their size and, with `flip`, mirrors them; larger ones are decoded on access, with ImageNet's transforms.
+    They are RGB where `mean` has three numbers, and grey where it has one.
     """
     how = {"num_labels": len(labels), "mean": mean, "std": std, "seed": seed}
     if image_size > IN_MEMORY_SIZE:
         both = {"image_size": image_size, "interpolation": interpolation, **how}
         lazy, lazy_eval = (LazyImageDataset(split, image, label, **both) for split in (train, evaluation))
         return lazy, lazy_eval.evaluation()
-    first = train.with_format(None)[0][image].size
+    first = picture(undecoded(train.select(range(1)), image)[0][image], 0).size
     resize = None if first == (image_size, image_size) else image_size
+    stored, stored_eval = (decode_images(split, image, label, resize, len(mean)) for split in (train, evaluation))
     return (
-        ImageDataset(*decode_images(train, image, label, resize), padding=image_size // 8, flip=flip, **how),
-        ImageDataset(*decode_images(evaluation, image, label, resize), **how),
+        ImageDataset(*stored, padding=image_size // 8, flip=flip, **how),
+        ImageDataset(*stored_eval, **how),
     )

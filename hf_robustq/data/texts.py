@@ -1,10 +1,11 @@
-"""Texts as a tokenizer's model takes them: classified, tagged word by word, running, in pairs."""
+"""Texts as a tokenizer's model takes them: classified, running, in pairs."""
 
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hf_robustq.data.splits import label_column, label_names, load_splits, tags_column, text_column, words_column
+from hf_robustq.data.labels import check_filled, renumbered
+from hf_robustq.data.splits import label_column, label_names, load_splits, text_column
 
 if TYPE_CHECKING:
     import datasets
@@ -17,78 +18,31 @@ LOST = "lost"  # the column in which an encoder says how much of a row it has le
 def classified_texts(
     name_or_folder: str,
     tokenizer: Any,
+    known: Sequence[str],
     *,
     text: Sequence[str] = (),
     label: str | None = None,
     length: int | None = None,
     train_split: str = "train",
     eval_split: str | None = None,
-) -> tuple["datasets.Dataset", "datasets.Dataset", list[str]]:
-    """(train, eval, label names): tokenized, with the columns the model takes and `labels`.
+) -> tuple["datasets.Dataset", "datasets.Dataset"]:
+    """(train, eval): tokenized, with the columns the model takes and `labels`, numbered as its outputs `known` are.
 
     `text` names the column, or the two of a pair; by default the one column of strings. `label`: by default the one
-    ClassLabel, else the one integer. Raises `ValueError` where that is not one.
+    ClassLabel, else the one integer. Raises `ValueError` where that is not one, and as `renumbered` does.
     """
     both = load_splits(name_or_folder, None, train_split, eval_split)
     text = [text_column(both[0].features, name) for name in text or [None]]
+    for column in text:
+        check_filled(both, {"--text_column_name": column})
     label = label_column(both[0].features, label)
+    both = renumbered(both, label, label_names(both[0], label), known)
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
         encoded, lost = truncated([rows[column] for column in text], tokenizer, length)
         return {**encoded, "labels": rows[label], LOST: lost}
 
-    return *encoded(both, encode, longer(length, "tokens")), label_names(both[0], label)
-
-
-def tagged_words(
-    name_or_folder: str,
-    tokenizer: Any,
-    known: Sequence[str],
-    *,
-    text: Sequence[str] = (),
-    tags: str | None = None,
-    length: int | None = None,
-    train_split: str = "train",
-    eval_split: str | None = None,
-) -> tuple["datasets.Dataset", "datasets.Dataset", list[str]]:
-    """(train, eval, tags): tokenized words, the first token of each labelled with its tag, all others -100.
-
-    `known`: the model's tags, in the order of its outputs. The dataset's are found among them by name; where the model
-    only has numbers (LABEL_0, ...), the dataset's own stand. Raises `ValueError` for tags that the model does not have.
-    """
-    both = load_splits(name_or_folder, None, train_split, eval_split)
-    words = words_column(both[0].features, only(text))
-    tags = tags_column(both[0].features, tags, words)
-    kind = both[0].features[tags]
-    kind = kind[0] if isinstance(kind, list) else kind.feature
-    own: list[str] = list(getattr(kind, "names", ()))
-    names = list(known)
-    if own and len(own) <= len(names) and all(name == f"LABEL_{i}" for i, name in enumerate(names)):
-        names = own
-    numbers: dict[Any, int] = {-100: -100, **{name: i for i, name in enumerate(names)}}
-    numbers |= {i: numbers[name] for i, name in enumerate(own or names) if name in numbers}
-
-    def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        made = tokenizer(rows[words], is_split_into_words=True, truncation=length is not None, max_length=length)
-        made["labels"], made[LOST] = [], []
-        for i, (row, given) in enumerate(zip(rows[words], rows[tags], strict=True)):
-            if len(given) != len(row):
-                raise ValueError(f"a row has {len(row)} {words} but {len(given)} {tags}: {' '.join(row)[:80]}")
-            wrong = [own[tag] if own and isinstance(tag, int) else tag for tag in given if tag not in numbers]
-            if wrong:
-                raise ValueError(
-                    f"{tags} has {wrong[0]!r}, and the tags of the model are {', '.join(names)}: choose another "
-                    "--label_column_name, or set id2label in the model's config.json"
-                )
-            of = made.word_ids(i)
-            first = [word is not None and word != before for word, before in zip(of, [None, *of], strict=False)]
-            made["labels"].append(
-                [numbers[given[word]] if begins else -100 for word, begins in zip(of, first, strict=True)]
-            )
-            made[LOST].append(len(row) - sum(first))
-        return dict(made)
-
-    return *encoded(both, encode, longer(length, "words")), names
+    return encoded(both, encode, longer(length, "tokens"))
 
 
 def running_text(
@@ -103,6 +57,7 @@ def running_text(
     """(train, eval) for a causal language model: all texts joined and cut into blocks of `length` tokens."""
     both = load_splits(name_or_folder, None, train_split, eval_split)
     column = text_column(both[0].features, only(text))
+    check_filled(both, {"--text_column_name": column})
 
     def blocks(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         joined = [token for ids in tokenizer(rows[column])["input_ids"] for token in ids]
@@ -156,6 +111,8 @@ def text_pairs(
     if len(text) != 2:
         raise ValueError(f"name source and target with --text_column_name, of {', '.join(both[0].column_names)}")
     source, target = (text_column(both[0].features, name) for name in text)
+    for column in (source, target):
+        check_filled(both, {"--text_column_name": column})
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
         made, lost = truncated([rows[source]], tokenizer, length)

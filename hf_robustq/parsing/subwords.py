@@ -13,6 +13,14 @@ from hf_robustq.metrics import IGNORED
 
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
 
+POSITIONS = (
+    "max_position_embeddings",
+    "max_seq_len",
+    "max_encoder_position_embeddings",
+    "max_decoder_position_embeddings",
+)
+"""What configs call the number of their positions, all of which a row must keep to."""
+
 
 def train_tokenizer(sentences: Iterable[Sequence[str]], vocab_size: int = 4000) -> Any:
     """A tokenizer of `tokenizers` (byte-pair encoding, arXiv 1508.07909) trained on words, with RoBERTa's frame."""
@@ -47,10 +55,12 @@ def check_tokenizer(tokenizer: Any, name: str) -> None:
 def longest(encoder: nn.Module, tokenizer: Any) -> int | None:
     """How many subwords, with the special ones, an encoder takes; None where nothing limits it."""
     config: Any = encoder.config
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and hasattr(getattr(encoder, "embeddings", None), "create_position_ids_from_input_ids"):
-        positions -= config.pad_token_id + 1  # the family of RoBERTa counts from there
-    limits = [n for n in (positions, tokenizer.model_max_length) if isinstance(n, int) and 0 < n < 10**9]
+    configs = [config, *(getattr(config, part, None) for part in ("text_config", "encoder", "decoder"))]
+    limits = [getattr(one, name, None) for one in configs for name in POSITIONS]
+    table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
+    if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+        limits.append(table.num_embeddings - table.padding_idx - 1)  # the family of RoBERTa counts from there
+    limits = [n for n in (*limits, tokenizer.model_max_length) if isinstance(n, int) and 0 < n < 10**9]
     return min(limits, default=None)
 
 

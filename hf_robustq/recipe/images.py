@@ -54,31 +54,39 @@ class ImageRun(Run):
         }
 
 
-def image_task(arguments: ImageArguments, seed: int) -> tuple[Any, Any, Any, str]:
+def image_task(arguments: ImageArguments, seed: int, measured: bool = False) -> tuple[Any, Any, Any, str]:
     """(training set, evaluation set, model, source of its weights) as the flags say; without a dataset, the digits.
 
     The preprocessing is the model's own; augmentation depends on (seed, epoch, index). The model is in
-    channels-last layout.
+    channels-last layout. Where it is only `measured`, trained weights keep their labels, and the dataset's are matched
+    with them.
     """
     from hf_robustq.data import digits, image_datasets, load_image_splits
+    from hf_robustq.data.labels import output_names, outputs_of, renumbered
     from hf_robustq.models import image_classifier, load_weights, preprocessing
 
     if arguments.dataset_name is None:
-        model, source = image_classifier(arguments.model_name_or_path, [str(n) for n in range(10)], arguments.new_head)
+        ten = [str(n) for n in range(10)]
+        model, source = image_classifier(arguments.model_name_or_path, ten, arguments.new_head, keep_labels=measured)
+        outputs_of("the digits", ten, output_names(model))
         how = {key: preprocessing(model)[key] for key in ("mean", "std")}
         train, evaluation, _ = digits(arguments.image_size or 32, **how, seed=seed)
     else:
-        splits = load_image_splits(
+        train, evaluation, image, label, names = load_image_splits(
             arguments.dataset_name,
             image=arguments.image_column_name,
             label=arguments.label_column_name,
             train_split=arguments.train_split,
             eval_split=arguments.eval_split,
         )
-        model, source = image_classifier(arguments.model_name_or_path, splits[-1], arguments.new_head)
+        name = arguments.model_name_or_path
+        model, source = image_classifier(name, names, arguments.new_head, keep_labels=measured)
+        known = output_names(model)
+        train, evaluation = renumbered([train, evaluation], label, names, known)
         how = preprocessing(model)
         how["image_size"] = arguments.image_size or how["image_size"]
-        train, evaluation = image_datasets(*splits, **how, seed=seed, flip=arguments.flip)
+        how |= {"seed": seed, "flip": arguments.flip}
+        train, evaluation = image_datasets(train, evaluation, image, label, known, **how)
     if arguments.weights:
         load_weights(model, arguments.weights)
         source = arguments.weights

@@ -11,6 +11,8 @@ from transformers import Trainer
 
 from hf_robustq.calibrate import rows
 
+from hf_robustq.trainer.streams import check_restarts
+
 
 def forward(trainer: Trainer) -> Callable[[Any, Any], Any]:
     """How a Trainer runs a batch: its own `prediction_step`, so its placement and what its subclasses do there."""
@@ -40,7 +42,9 @@ def counted_batches(
         raise ValueError("calibration needs training data: pass train_dataset or calibration_dataset")
     if callable(getattr(dataset, "evaluation", None)) and not augmented:
         dataset = dataset.evaluation()
-    if not isinstance(dataset, IterableDataset):
+    if isinstance(dataset, IterableDataset):
+        check_restarts(dataset)
+    else:
         dataset = some_of(dataset, samples, seed)
     theirs = trainer.get_test_dataloader(dataset)
     loader = DataLoader(
