@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_robustq.cli.scores import CLASSES, question_scores, tag_scores, token_scores
+from hf_robustq.files import loading
 from hf_robustq.recipe import ImageArguments, image_task
 
 
@@ -70,7 +71,7 @@ def texts(auto: Any, name: str, args: argparse.Namespace) -> Task:
 
     from hf_robustq.data.texts import classified_texts
 
-    model, tokenizer = auto.from_pretrained(name), part("AutoTokenizer", name)
+    model, tokenizer = loaded(auto, name), part("AutoTokenizer", name)
     how = {"text": args.text_column_name, "label": args.label_column_name, "length": longest(model, tokenizer)}
     train, evaluation, labels = classified_texts(args.data, tokenizer, **how, **splits(args))
     check_outputs(name, model, labels)
@@ -83,7 +84,7 @@ def words(auto: Any, name: str, args: argparse.Namespace) -> Task:
     from hf_robustq.data.texts import tagged_words
     from hf_robustq.parsing.subwords import check_tokenizer
 
-    model, tokenizer = auto.from_pretrained(name), part("AutoTokenizer", name)
+    model, tokenizer = loaded(auto, name), part("AutoTokenizer", name)
     check_tokenizer(tokenizer, name)
     how = {"text": args.text_column_name, "tags": args.label_column_name, "length": longest(model, tokenizer)}
     known = [name for _, name in sorted(model.config.id2label.items())]
@@ -97,7 +98,7 @@ def running(auto: Any, name: str, args: argparse.Namespace) -> Task:
 
     from hf_robustq.data.texts import running_text
 
-    model, tokenizer = auto.from_pretrained(name), part("AutoTokenizer", name)
+    model, tokenizer = loaded(auto, name), part("AutoTokenizer", name)
     how = {"text": args.text_column_name, "length": longest(model, tokenizer, args.block_size)}
     train, evaluation = running_text(args.data, tokenizer, **how, **splits(args))
     return Task(model, train, evaluation, {**token_scores(shift=1), "data_collator": default_data_collator})
@@ -108,7 +109,7 @@ def masked(auto: Any, name: str, args: argparse.Namespace) -> Task:
 
     from hf_robustq.data.texts import masked_text
 
-    model, tokenizer = auto.from_pretrained(name), part("AutoTokenizer", name)
+    model, tokenizer = loaded(auto, name), part("AutoTokenizer", name)
     how = {"text": args.text_column_name, "length": longest(model, tokenizer, args.block_size), "seed": args.seed}
     train, evaluation = masked_text(args.data, tokenizer, **how, **splits(args))
     return Task(model, train, evaluation, {**token_scores(), "data_collator": default_data_collator})
@@ -119,7 +120,7 @@ def pairs(auto: Any, name: str, args: argparse.Namespace) -> Task:
 
     from hf_robustq.data.texts import text_pairs
 
-    model, tokenizer = auto.from_pretrained(name), part("AutoTokenizer", name)
+    model, tokenizer = loaded(auto, name), part("AutoTokenizer", name)
     how = {"text": args.text_column_name, "length": longest(model, tokenizer)}
     train, evaluation = text_pairs(args.data, tokenizer, **how, **splits(args))
     collator = DataCollatorForSeq2Seq(tokenizer, model=model)
@@ -134,7 +135,7 @@ def questions(auto: Any, name: str, args: argparse.Namespace) -> Task:
     from hf_robustq.parsing.subwords import check_tokenizer
     from hf_robustq.trainer.batches import some_of
 
-    model, tokenizer = auto.from_pretrained(name), part("AutoTokenizer", name)
+    model, tokenizer = loaded(auto, name), part("AutoTokenizer", name)
     check_tokenizer(tokenizer, name)
     tokenizer.padding_side = "right"
     how = {"text": args.text_column_name, "answers": args.label_column_name}
@@ -152,7 +153,7 @@ def questions(auto: Any, name: str, args: argparse.Namespace) -> Task:
 def sounds(auto: Any, name: str, args: argparse.Namespace) -> Task:
     from hf_robustq.data.sounds import SoundCollator, sound_splits
 
-    model, extractor = auto.from_pretrained(name), part("AutoFeatureExtractor", name)
+    model, extractor = loaded(auto, name), part("AutoFeatureExtractor", name)
     how = {"audio": args.audio_column_name, "label": args.label_column_name}
     train, evaluation, labels = sound_splits(args.data, extractor.sampling_rate, **how, **splits(args))
     check_outputs(name, model, labels)
@@ -162,7 +163,7 @@ def sounds(auto: Any, name: str, args: argparse.Namespace) -> Task:
 def speech(auto: Any, name: str, args: argparse.Namespace) -> Task:
     from hf_robustq.data.sounds import SoundCollator, sound_splits
 
-    model, processor = auto.from_pretrained(name), part("AutoProcessor", name)
+    model, processor = loaded(auto, name), part("AutoProcessor", name)
     extractor = getattr(processor, "feature_extractor", None)
     if extractor is None:
         raise ValueError(f"{name} has no feature extractor: save the processor beside the model")
@@ -176,7 +177,7 @@ def speech(auto: Any, name: str, args: argparse.Namespace) -> Task:
 def boxes(auto: Any, name: str, args: argparse.Namespace) -> Task:
     from hf_robustq.data.boxes import BoxCollator, box_splits
 
-    model, processor = auto.from_pretrained(name), part("AutoImageProcessor", name)
+    model, processor = loaded(auto, name), part("AutoImageProcessor", name)
     how = {"image": args.image_column_name, "objects": args.label_column_name}
     train, evaluation = box_splits(args.data, **how, **splits(args))
     collator = BoxCollator(processor, model.config.num_labels, list(inspect.signature(model.forward).parameters))
@@ -201,6 +202,13 @@ KINDS = (
     Kind("causal language models", "AutoModelForCausalLM", running),
 )
 """The first that has an architecture counts: BART is in two of them."""
+
+
+def loaded(auto: Any, name: str) -> Any:
+    """A model of transformers. Raises `ValueError`, in one line, for a damaged folder."""
+    with loading(name):
+        return auto.from_pretrained(name)
+
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model")
 
