@@ -7,7 +7,6 @@ method `robustq` with transformers; transformers without this package loads the 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_robustq.calibrate import own_buffers, stages
 from hf_robustq.config import QuantizerConfig, RobustQConfig
+from hf_robustq.files import read_model
 from hf_robustq.plugin import BESIDES, METHOD, RobustQ
 from hf_robustq.plugin.mark import mark
 from hf_robustq.plugin.publish import FloatModel, unfold
@@ -234,14 +234,9 @@ def check_folder(folder: Path) -> None:
     if not folder.exists():
         return  # a Hub id
     file = folder / "config.json"
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"{folder} is no checkpoint: it has no config.json")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is no mapping")
+    values = read_model(folder)
     known = values.get("quantization_config")
     if known is not None and not isinstance(known, dict):
         raise ValueError(f"{file}: quantization_config is no mapping, got {str(known)[:80]!r}")

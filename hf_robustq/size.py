@@ -17,6 +17,13 @@ from hf_robustq.sites import Site
 FLOAT_BITS = 32
 """Of what is not quantized, whatever dtype it is trained in."""
 
+LAYER = {"name": str, "weights": int, "bits": float, "activation_bits": float, "steps": int, "macs": float, "grid": str}
+SIZE = {
+    "bits": float, "others": int, "layers": [LAYER],
+    "products?": ({"staged": int, "unstaged": {str: int}}, None),
+}  # fmt: skip
+"""What `Size.to_dict` gives: see `hf_robustq.shapes`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSize:

@@ -203,7 +203,7 @@ QUANTIZER = "bert.encoder.layer.0.output.dense.weight_stages.quantizer"
 PROBE = "bert.encoder.layer.0.output.dense.activation_stages.probe"
 BAD = {
     "no config": (lambda p: (p / "config.json").unlink(), "is no checkpoint: it has no config.json"),
-    "no JSON": (lambda p: (p / "config.json").write_text("{"), "is no JSON"),
+    "no JSON": (lambda p: (p / "config.json").write_text("{"), "is damaged, or no JSON"),
     "no mapping": (lambda p: (p / "config.json").write_text("[]"), "is no mapping"),
     "config is a list": (
         lambda p: (p / "config.json").write_text('{"model_type": "bert", "quantization_config": [1]}'),

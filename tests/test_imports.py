@@ -9,6 +9,8 @@ PACKAGE = Path(hf_robustq.__file__).parent
 
 # What each room may import of the package. A folder stands for its files.
 ALLOWED = {
+    "files": set(),
+    "shapes": set(),
     "functional": {"functional"},
     "grid": set(),
     "stage": set(),
@@ -34,27 +36,29 @@ ALLOWED = {
         "calibrate", "config", "distributed", "functional", "grid", "optim", "plugin", "products", "quantizers",
         "regularizers", "renaming", "reparam", "schedules", "sharded", "sites", "size", "stage", "telemetry",
     },
-    "hub": {"calibrate", "config", "plugin", "products", "quantizers", "renaming", "sharded"},
+    "hub": {"calibrate", "config", "files", "plugin", "products", "quantizers", "renaming", "sharded"},
     "sweep": {
-        "calibrate", "distributed", "functional", "grid", "plugin", "quantizers", "scales", "sharded", "sites", "sweep",
+        "calibrate", "distributed", "files", "functional", "grid", "plugin", "quantizers", "scales", "shapes",
+        "sharded", "sites", "sweep",
     },
-    "report": {"report", "sweep"},
-    "card": {"card", "report", "size", "sweep"},
+    "report": {"files", "report", "shapes", "size", "sweep"},
+    "card": {"card", "files", "report", "size", "sweep"},
     "data": {"data"},
     "metrics": set(),
-    "models": {"models"},
-    "parsing": {"metrics", "parsing"},
+    "models": {"files", "models"},
+    "parsing": {"files", "metrics", "parsing"},
     "trainer": {
-        "calibrate", "card", "config", "distributed", "optim", "plugin", "products", "renaming", "report", "schedules",
-        "sharded", "sweep", "trainer",
+        "calibrate", "card", "config", "distributed", "files", "optim", "plugin", "products", "renaming", "report",
+        "schedules", "sharded", "sweep", "trainer",
     },
     "cli": {
-        "__version__", "analysis", "card", "cli", "config", "data", "hub", "metrics", "models", "optim", "parsing",
-        "plugin", "quantizers", "recipe", "regularizers", "reparam", "report", "scales", "sweep", "trainer",
+        "__version__", "analysis", "card", "cli", "config", "data", "files", "hub", "metrics", "models", "optim",
+        "parsing", "plugin", "quantizers", "recipe", "regularizers", "reparam", "report", "scales", "sweep", "trainer",
     },
     "analysis": {"analysis", "calibrate", "functional", "plugin", "reparam", "scales", "sharded", "sites", "sweep"},
     "recipe": {
-        "card", "config", "data", "metrics", "models", "parsing", "plugin", "recipe", "report", "sweep", "trainer",
+        "card", "config", "data", "files", "metrics", "models", "parsing", "plugin", "recipe", "report", "sweep",
+        "trainer",
     },
 }  # fmt: skip
 

@@ -41,7 +41,7 @@ def sweep_table(sweep: Sweep, metrics: Sequence[str]) -> str:
 
 
 def _figure(row: Row, metric: str) -> str:
-    return f"{row.metrics[metric] * (100 if is_share(metric) else 1):.2f}"
+    return f"{row.value(metric) * (100 if is_share(metric) else 1):.2f}"
 
 
 def _grid(columns: Mapping[str, str], cells: Mapping[str, Mapping[str, str]], aligned: bool = False) -> str:

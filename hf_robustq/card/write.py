@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +15,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_robustq.card.facts import versions as current_versions
 from hf_robustq.card.tables import escaped, moment, table_by_method
-from hf_robustq.report import RUN_FILE, Bars, Lines, save_png
+from hf_robustq.files import write_json, written
+from hf_robustq.report import RUN_FILE, Bars, Lines, read_facts, save_png
 from hf_robustq.report.chart import is_share
 from hf_robustq.report.charts import by_bits, step_ratios, title
 from hf_robustq.size import Size
-from hf_robustq.sweep import Setting, Sweep, read_json, write_json
+from hf_robustq.sweep import Setting, Sweep
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +140,8 @@ def write_card(
         eval_results=eval_results([*own.items(), *(measured or {}).items()], task, dataset or datasets),
     )
     path = folder / "README.md"
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)).save(path)
+    with written(path) as draft:
+        ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)).save(draft)
     return path
 
 
@@ -147,8 +150,11 @@ def rewrite_card(folder: str | Path, sweeps: Sequence[Sweep], measured: Mapping[
     file = Path(folder) / RUN_FILE
     if not file.is_file():
         raise ValueError(f"{folder} has no {RUN_FILE}: trainer.create_model_card() writes it with the card")
-    known = {key: value for key, value in read_json(file).items() if key != "version"}
-    known |= {"size": Size.from_dict(known["size"]) if known["size"] else None, **facts}
+    known = {key: value for key, value in read_facts(file).items() if key != "version"}
+    taken = inspect.signature(write_card).parameters
+    if odd := [*({"config", "metric", "seed"} - known.keys()), *(known.keys() - taken.keys())]:
+        raise ValueError(f"{file} is not as this version writes it ({odd[0][:80]!r}): write the card again")
+    known |= {"size": Size.from_dict(known["size"]) if known.get("size") else None, **facts}
     for what, sweep in measured.items():
         if any(known["metric"] not in row.metrics for row in sweep.rows):
             raise ValueError(f"{what} has not measured {known['metric']}, which the card is about: leave it out")

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from hf_robustq.analysis import layer_sensitivity, output_divergence, sharpness, weight_sqnr, weight_statistics
 from hf_robustq.cli.tasks import add_task, check_calibration, load_task, prepare
+from hf_robustq.files import locked, write_json
 from hf_robustq.sweep import Calibration, Steps, parse_settings
 
 SAID = (
@@ -55,6 +55,11 @@ def _plain(value: Any) -> Any:
 
 
 def run(args: argparse.Namespace) -> None:
+    with locked(args.out, wait=0):
+        _run(args)
+
+
+def _run(args: argparse.Namespace) -> None:
     from accelerate.utils import send_to_device
 
     from hf_robustq.trainer.batches import calibration_batches, forward, rows
@@ -90,9 +95,7 @@ def run(args: argparse.Namespace) -> None:
     result: dict[str, Any] = {key: getattr(args, key) for key in SAID}
 
     def write(said: str) -> None:
-        draft = args.out.with_suffix(".tmp")
-        draft.write_text(json.dumps(_plain(result), indent=1), encoding="utf-8")
-        draft.replace(args.out)
+        write_json(_plain(result), args.out)
         print(said, flush=True)
 
     if "statistics" in args.parts:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf_robustq.cli.parts import longest, padded, part
+from hf_robustq.cli.parts import loaded, longest, padded, part
 from hf_robustq.cli.scores import CLASSES, question_scores, tag_scores, token_scores
 from hf_robustq.data.labels import output_names
 from hf_robustq.recipe import ImageArguments, image_task
@@ -71,7 +71,7 @@ def texts(auto: Any, name: str, args: argparse.Namespace) -> Task:
 
     from hf_robustq.data.texts import classified_texts
 
-    model, tokenizer = auto.from_pretrained(name), part("AutoTokenizer", name)
+    model, tokenizer = loaded(auto, name), part("AutoTokenizer", name)
     padded(name, model, tokenizer)
     how = {"text": args.text_column_name, "label": args.label_column_name, "length": longest(model, tokenizer)}
     train, evaluation = classified_texts(args.data, tokenizer, output_names(model), **how, **splits(args))
@@ -84,7 +84,7 @@ def words(auto: Any, name: str, args: argparse.Namespace) -> Task:
     from hf_robustq.data.tags import tagged_words
     from hf_robustq.parsing.subwords import check_tokenizer
 
-    model, tokenizer = auto.from_pretrained(name), part("AutoTokenizer", name)
+    model, tokenizer = loaded(auto, name), part("AutoTokenizer", name)
     padded(name, model, tokenizer)
     check_tokenizer(tokenizer, name)
     how = {"text": args.text_column_name, "tags": args.label_column_name, "length": longest(model, tokenizer)}
@@ -98,7 +98,7 @@ def running(auto: Any, name: str, args: argparse.Namespace) -> Task:
 
     from hf_robustq.data.texts import running_text
 
-    model, tokenizer = auto.from_pretrained(name), part("AutoTokenizer", name)
+    model, tokenizer = loaded(auto, name), part("AutoTokenizer", name)
     how = {"text": args.text_column_name, "length": longest(model, tokenizer, args.block_size)}
     train, evaluation = running_text(args.data, tokenizer, **how, **splits(args))
     return Task(model, train, evaluation, {**token_scores(shift=1), "data_collator": default_data_collator})
@@ -109,7 +109,7 @@ def masked(auto: Any, name: str, args: argparse.Namespace) -> Task:
 
     from hf_robustq.data.texts import masked_text
 
-    model, tokenizer = auto.from_pretrained(name), part("AutoTokenizer", name)
+    model, tokenizer = loaded(auto, name), part("AutoTokenizer", name)
     padded(name, model, tokenizer)
     how = {"text": args.text_column_name, "length": longest(model, tokenizer, args.block_size), "seed": args.seed}
     train, evaluation = masked_text(args.data, tokenizer, **how, **splits(args))
@@ -121,7 +121,7 @@ def pairs(auto: Any, name: str, args: argparse.Namespace) -> Task:
 
     from hf_robustq.data.texts import text_pairs
 
-    model, tokenizer = auto.from_pretrained(name), part("AutoTokenizer", name)
+    model, tokenizer = loaded(auto, name), part("AutoTokenizer", name)
     padded(name, model, tokenizer)
     how = {"text": args.text_column_name, "length": longest(model, tokenizer)}
     train, evaluation = text_pairs(args.data, tokenizer, **how, **splits(args))
@@ -137,7 +137,7 @@ def questions(auto: Any, name: str, args: argparse.Namespace) -> Task:
     from hf_robustq.parsing.subwords import check_tokenizer
     from hf_robustq.trainer.batches import some_of
 
-    model, tokenizer = auto.from_pretrained(name), part("AutoTokenizer", name)
+    model, tokenizer = loaded(auto, name), part("AutoTokenizer", name)
     padded(name, model, tokenizer)
     check_tokenizer(tokenizer, name)
     tokenizer.padding_side = "right"
@@ -156,7 +156,7 @@ def questions(auto: Any, name: str, args: argparse.Namespace) -> Task:
 def sounds(auto: Any, name: str, args: argparse.Namespace) -> Task:
     from hf_robustq.data.sounds import SoundCollator, sound_splits
 
-    model, extractor = auto.from_pretrained(name), part("AutoFeatureExtractor", name)
+    model, extractor = loaded(auto, name), part("AutoFeatureExtractor", name)
     how = {"audio": args.audio_column_name, "label": args.label_column_name}
     train, evaluation = sound_splits(
         args.data, extractor.sampling_rate, known=output_names(model), **how, **splits(args)
@@ -167,7 +167,7 @@ def sounds(auto: Any, name: str, args: argparse.Namespace) -> Task:
 def speech(auto: Any, name: str, args: argparse.Namespace) -> Task:
     from hf_robustq.data.sounds import SoundCollator, sound_splits
 
-    model, processor = auto.from_pretrained(name), part("AutoProcessor", name)
+    model, processor = loaded(auto, name), part("AutoProcessor", name)
     extractor = getattr(processor, "feature_extractor", None)
     if extractor is None:
         raise ValueError(f"{name} has no feature extractor: save the processor beside the model")
@@ -181,7 +181,7 @@ def speech(auto: Any, name: str, args: argparse.Namespace) -> Task:
 def boxes(auto: Any, name: str, args: argparse.Namespace) -> Task:
     from hf_robustq.data.boxes import BoxCollator, box_splits
 
-    model, processor = auto.from_pretrained(name), part("AutoImageProcessor", name)
+    model, processor = loaded(auto, name), part("AutoImageProcessor", name)
     how = {"image": args.image_column_name, "objects": args.label_column_name}
     train, evaluation, numbers = box_splits(args.data, output_names(model), **how, **splits(args))
     collator = BoxCollator(processor, numbers, list(inspect.signature(model.forward).parameters))

@@ -6,9 +6,17 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from hf_robustq.files import loading
+
 logger = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges*", "*.model")
+
+
+def loaded(auto: Any, name: str) -> Any:
+    """A model of transformers. Raises `ValueError`, in one line, for a damaged folder."""
+    with loading(name):
+        return auto.from_pretrained(name)
 
 
 def part(auto: str, name: str) -> Any:

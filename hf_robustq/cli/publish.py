@@ -89,7 +89,6 @@ def publish(
 def check(folder: Path) -> dict[str, Path]:
     """The files to push, by name. Raises `ValueError` for a folder that is no whole model with a card."""
     from hf_robustq.hub import check_folder
-    from hf_robustq.sweep import read_json
 
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: name the one that save_model or save_pretrained wrote")
@@ -99,10 +98,6 @@ def check(folder: Path) -> dict[str, Path]:
     check_folder(folder)
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} has no weights (*.safetensors): save the model there")
-    for index in folder.glob("*.safetensors.index.json"):
-        for shard in sorted(set(read_json(index)["weight_map"].values())):
-            if not (folder / shard).is_file():
-                raise ValueError(f"{folder} has no {shard}, which {index.name} names: copy or save the model again")
     if not (folder / "README.md").is_file():
         raise ValueError(f"{folder} has no card: trainer.create_model_card() writes one")
     found = {}
@@ -122,6 +117,7 @@ def card_files(folder: Path, place: Path, sweeps: Sequence[Path], facts: dict[st
     from huggingface_hub import ModelCard
 
     from hf_robustq.card import TAG, rewrite_card
+    from hf_robustq.files import written
     from hf_robustq.report import RUN_FILE, SWEEP_FILE
     from hf_robustq.sweep import load_measured, load_sweeps
 
@@ -129,14 +125,20 @@ def card_files(folder: Path, place: Path, sweeps: Sequence[Path], facts: dict[st
         card = ModelCard.load(folder / "README.md")
     except yaml.YAMLError as error:
         raise ValueError(f"{folder / 'README.md'}: its metadata is no YAML: {' '.join(str(error).split())}") from None
+    except Exception as error:  # of a card that the Hub's client cannot read
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder / 'README.md'} is damaged, or no card: {why}") from None
     tags = getattr(card.data, "tags", None) or []
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise ValueError(f"{folder / 'README.md'}: tags must be a list of texts, got {str(tags)[:80]!r}")
     if not sweeps and not facts and TAG in tags:
         return {}
     facts = {**facts, "tags": [*dict.fromkeys((*tags, TAG, *facts.get("tags", ())))]}
     if not sweeps:
         for key, value in facts.items():
             setattr(card.data, key, value)
-        card.save(place / "README.md")
+        with written(place / "README.md") as draft:
+            card.save(draft)
         return {"README.md": place / "README.md"}
     if not (folder / RUN_FILE).is_file() or not (folder / SWEEP_FILE).is_file():
         raise ValueError(f"{folder} has no {RUN_FILE}, which a card with sweeps needs: train with RobustTrainer")

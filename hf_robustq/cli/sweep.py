@@ -8,7 +8,8 @@
 Each --bits is crossed with each of --methods, --also and --steps; --settings are added as they are. The folder gets
 rows.json, rows.csv, rows.parquet (a row for each model and setting, with the seed and the calibration set) and
 table.md: models down, settings across, so with models trained for different quantizers the transfer matrix. What is
-measured already is not measured again: the same command goes on after an interruption.
+measured already is not measured again: the same command goes on after an interruption, and several commands may write
+one folder at the same time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -27,10 +27,11 @@ import torch
 
 from hf_robustq.card import table
 from hf_robustq.cli.tasks import Task, add_task, check_calibration, load_task, prepare
+from hf_robustq.files import locked, read_json, write_json, write_text, written
 from hf_robustq.quantizers import LEARNED
 from hf_robustq.scales import CODEBOOK_RULES, SCALE_RULES
-from hf_robustq.sweep import MODIFIERS, Setting, measured_sweeps, parse_settings, read_json, write_json
-from hf_robustq.sweep.rows import FACTS, VERSION
+from hf_robustq.sweep import MODIFIERS, Setting, measured_sweeps, parse_settings
+from hf_robustq.sweep.rows import FACTS, VERSION, check_rows
 from hf_robustq.sweep.settings import LAPQ
 
 IDENTITY = (
@@ -100,26 +101,37 @@ def groups(settings: Sequence[Setting]) -> list[list[Setting]]:
 class Records:
     """The rows of a folder: read where it was begun, written whole after each group.
 
-    Raises `ValueError` for a folder of something else.
+    Several commands may write one folder: each takes in what the others wrote. Raises `ValueError` for a folder of
+    something else.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
-        self.folder, self.identity = folder, identity
+    def __init__(self, folder: Path, identity: dict[str, Any], settings: Sequence[Setting]) -> None:
+        self.folder, self.identity, self.file = folder, identity, folder / "rows.json"
+        self.order = [setting.name for setting in settings]
         self.rows: list[dict[str, Any]] = []
         self.models: dict[str, str] = {}
-        file = folder / "rows.json"
-        if file.exists():
-            known = read_json(file)
-            try:
-                own, self.rows, self.models = known["sweep"], known["rows"], known["models"]
-            except (TypeError, KeyError):
-                raise ValueError(f"{file} is no sweep's: name another --out") from None
-            differ = [key for key in identity if own.get(key) != identity[key]]
-            if differ:
-                raise ValueError(f"{folder} holds another sweep ({', '.join(differ)} differ): name another --out")
-        elif folder.exists() and any(folder.iterdir()):
+        strange = folder.exists() and any(not one.name.startswith(".rows.") for one in folder.iterdir())
+        if strange and not self.file.exists():
             raise ValueError(f"{folder} is not empty and no sweep's: name another --out")
-        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / "rows"):  # a folder that cannot be written to is said before anything is measured
+            self.read()
+
+    def read(self) -> None:
+        """Take in the rows that are in the folder now; what both have measured is as it is there."""
+        if not self.file.exists():
+            return
+        known = read_json(self.file)
+        try:
+            check_rows(known)
+        except ValueError as error:
+            raise ValueError(f"{self.file} is no sweep's: name another --out ({error})") from None
+        differ = [key for key in self.identity if known["sweep"].get(key) != self.identity[key]]
+        if differ:
+            raise ValueError(f"{self.folder} holds another sweep ({', '.join(differ)} differ): name another --out")
+        for model, digest in known["models"].items():
+            self.check(model, digest)
+        there = {(row["model"], row["setting"]) for row in known["rows"]}
+        self.rows = known["rows"] + [row for row in self.rows if (row["model"], row["setting"]) not in there]
 
     def check(self, model: str, digest: str) -> None:
         """Raise `ValueError` for a model that is not the one its rows are of."""
@@ -127,32 +139,39 @@ class Records:
             raise ValueError(f"{model} is not what it was when its rows in {self.folder} were made: name another --out")
 
     def missing(self, model: str, settings: Sequence[Setting]) -> list[Setting]:
+        """What no command has measured yet."""
+        self.read()
         known = {row["setting"] for row in self.rows if row["model"] == model}
         return [setting for setting in settings if setting.name not in known]
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.rows += rows
+        self.write()
+
+    def write(self) -> None:
+        """All files, from the rows here and in the folder."""
         import datasets
 
-        self.rows += rows
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        flat = datasets.Dataset.from_dict({key: [row.get(key) for row in self.rows] for key in columns})
-        values = {"version": VERSION, "sweep": self.identity, "models": self.models, "rows": self.rows}
-        write_json(values, self.folder / "rows.json")
-        self._write("rows.csv", flat.to_csv)
-        self._write("rows.parquet", flat.to_parquet)
+        with locked(self.folder / "rows"):
+            for left in (*self.folder.glob(".rows.*.tmp"), *self.folder.glob(".table.md.*.tmp")):  # of a killed command
+                left.unlink(missing_ok=True)
+            self.read()
+            columns = list(dict.fromkeys(key for row in self.rows for key in row))
+            flat = datasets.Dataset.from_dict({key: [row.get(key) for row in self.rows] for key in columns})
+            values = {"version": VERSION, "sweep": self.identity, "models": self.models, "rows": self.rows}
+            write_json(values, self.file)
+            with written(self.folder / "rows.csv") as draft:
+                flat.to_csv(str(draft))
+            with written(self.folder / "rows.parquet") as draft:
+                flat.to_parquet(str(draft))
+            write_text(self.table() + "\n", self.folder / "table.md")
 
-    def _write(self, name: str, write: Any) -> None:
-        """The old file stays whole until the new one is."""
-        draft = self.folder / f"{name}.tmp"
-        write(str(draft))
-        draft.replace(self.folder / name)
-
-    def table(self, settings: Sequence[Setting]) -> str:
-        """Models down, settings across, of the metric that the first row has first."""
-        metric = next(key for key in self.rows[0] if key not in FACTS)
-        order = {setting.name: i for i, setting in enumerate(settings)}
-        rows = [{metric: math.nan, **row} for row in self.rows if row["setting"] in order]
-        return table(measured_sweeps(sorted(rows, key=lambda row: order[row["setting"]]), self.identity), metric)
+    def table(self) -> str:
+        """Models down, settings across, this command's first, of the metric that the first row has first."""
+        metric = next((key for key in self.rows[0] if key not in FACTS), "loss")
+        order = {name: i for i, name in enumerate([*self.order, *(row["setting"] for row in self.rows)][::-1])}
+        rows = sorted(self.rows, key=lambda row: -order[row["setting"]])
+        return table(measured_sweeps(rows, self.identity), metric)
 
 
 def measure(name: str, task: Task, settings: Sequence[Setting], args: argparse.Namespace, records: Records) -> None:
@@ -181,13 +200,15 @@ def measure(name: str, task: Task, settings: Sequence[Setting], args: argparse.N
         )
         found = callback.run(trainer.get_eval_dataloader())
         seconds = round((time.perf_counter() - start) / len(group), 2)
-        rows = []
+        rows, said = [], []
         for row, setting in zip(found.rows, group, strict=True):
             reads = setting.needs_calibration or (setting.activations and not setting.own)
             samples = found.context.get("calibration_samples")
             calibration = f"{args.calibration_split}: {samples} samples, seed {args.seed}" if reads else None
+            if taken := sorted(FACTS & row.metrics.keys()):
+                raise ValueError(f"rows have a column {taken[0]!r} already: give this metric another name")
             metric, value = next(iter(row.metrics.items()))
-            print(f"{name}  {row.setting:24s} {metric} {value:.4f}", flush=True)
+            said.append(f"{name}  {row.setting:24s} {metric} {value:.4f}")
             facts = {"model": name, "setting": row.setting, **dataclasses.asdict(setting)}
             facts |= {"weights": row.weights, "activations": row.activations}
             method = facts.pop("scale")
@@ -197,6 +218,7 @@ def measure(name: str, task: Task, settings: Sequence[Setting], args: argparse.N
             facts |= {"samples": task.samples, "subset": task.subset} if task.samples is not None else {}
             rows.append({**facts, "data": args.data, "split": args.eval_split, "seed": args.seed, "seconds": seconds})
         records.add(rows)
+        print("\n".join(said), flush=True)
 
 
 def digest(model: Any) -> str:
@@ -211,10 +233,9 @@ def digest(model: Any) -> str:
 def run(args: argparse.Namespace) -> None:
     settings = parse_settings(settings_of(args))
     check_calibration(args)
-    records = Records(args.out, {key: getattr(args, key) for key in IDENTITY})
+    records = Records(args.out, {key: getattr(args, key) for key in IDENTITY}, settings)
     for name in args.models:
         if records.missing(name, settings):
             measure(name, load_task(name, args), settings, args, records)
-    text = records.table(settings)
-    (args.out / "table.md").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}\n\n{len(records.rows)} rows in {args.out}/rows.json, rows.csv, rows.parquet")
+    records.write()
+    print(f"\n{records.table()}\n\n{len(records.rows)} rows in {args.out}/rows.json, rows.csv, rows.parquet")

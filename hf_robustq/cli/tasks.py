@@ -12,6 +12,7 @@ from hf_robustq.cli.kinds import KINDS, Kind, Task
 from hf_robustq.cli.scores import metric_function
 from hf_robustq.config import RobustQConfig
 from hf_robustq.data.splits import EVAL_SPLITS
+from hf_robustq.files import loading
 from hf_robustq.hub import check_folder
 from hf_robustq.plugin import RobustQ
 
@@ -32,12 +33,13 @@ def kind_of(name: str) -> Kind:
             raise ValueError(f"{name} is no folder, no Hub id (owner/name) and no architecture of timm")
         return KINDS[0]
     check_folder(Path(name))
-    config = AutoConfig.from_pretrained(name)
-    if config.model_type == "timm_wrapper":
-        return KINDS[0]
-    if not config.architectures:
-        raise ValueError(f"{name}/config.json names no architecture: save the model with save_pretrained")
-    found = next((kind for kind in KINDS if kind.has(config)), None)
+    with loading(name):
+        config = AutoConfig.from_pretrained(name)
+        if config.model_type == "timm_wrapper":
+            return KINDS[0]
+        if not config.architectures:
+            raise ValueError(f"{name}/config.json names no architecture: save the model with save_pretrained")
+        found = next((kind for kind in KINDS if kind.has(config)), None)
     if found is None:
         raise ValueError(
             f"{name} is a {config.architectures[0]}: this command knows {', '.join(kind.name for kind in KINDS)}; for "

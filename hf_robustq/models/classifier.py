@@ -9,6 +9,7 @@ import timm
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
+from hf_robustq.files import loading
 from hf_robustq.models import mobilenet_v2, plain
 
 logger = logging.getLogger(__name__)
@@ -54,7 +55,8 @@ def image_classifier(
     elif "/" in name or Path(name).exists() or "." in name:
         source = name if "/" in name or Path(name).exists() else f"timm/{name}"
         extra = {"num_labels": len(labels), "ignore_mismatched_sizes": True} if new_head else {}
-        model = AutoModelForImageClassification.from_pretrained(source, **extra)
+        with loading(source):
+            model = AutoModelForImageClassification.from_pretrained(source, **extra)
     else:
         model, source = _timm_wrapper(name, len(labels), timm_options or {}), f"random ({name})"
         keep_labels = False

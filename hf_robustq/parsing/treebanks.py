@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_robustq.files import write_text
+
 if TYPE_CHECKING:
     from conllu import TokenList
 
@@ -72,7 +74,7 @@ def write_conllu(
         for word, tag, head, label in zip(words, upos[i], heads[i], deprels[i], strict=True):
             word.update(upos=tag, head=int(head), deprel=label, deps=None)
         parts.append(copy.serialize())
-    Path(path).write_text("".join(parts), encoding="utf-8")
+    write_text("".join(parts), path)
 
 
 def _paragraphs(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -68,7 +68,7 @@ def read_config(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not there: name a YAML file")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date, of too long a number
         raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no keys: write `learning_rate: 0.01`, a flag a line")

@@ -14,10 +14,11 @@ from transformers import TrainingArguments, set_seed
 
 from hf_robustq.card import table
 from hf_robustq.config import RobustQConfig
+from hf_robustq.files import disk, write_text
 from hf_robustq.plugin import RobustQ
 from hf_robustq.plugin.mark import PLUGIN
 from hf_robustq.recipe.flags import last_checkpoint, open_output
-from hf_robustq.report import read, save_png, write_report
+from hf_robustq.report import check_resumable, read, save_png, write_report
 from hf_robustq.report.charts import by_bits
 from hf_robustq.sweep import DEFAULT_SETTINGS, Sweep
 
@@ -125,19 +126,27 @@ class Run:
             **{**self.options(), **options},
         )
         show_progress(trainer, name, self.metrics)
-        if train:
-            trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir) if self.recipe.resume else None)
-            trainer.save_model(_internal_call=True)  # not pushed yet: below it is, with the card
-        self.finish(trainer)
-        if not train:
-            trainer.save_model(_internal_call=True)
-        trainer.save_state()
-        about = {"dataset": self.dataset, "dataset_tags": self.dataset_tags}
-        if args.push_to_hub:
-            trainer.push_to_hub(**about)  # with the card
-        else:
-            trainer.create_model_card(**about)
+        with disk(args.output_dir):
+            if train:
+                self._train(trainer, args)
+            self.finish(trainer)
+            if not train:
+                trainer.save_model(_internal_call=True)
+            trainer.save_state()
+            about = {"dataset": self.dataset, "dataset_tags": self.dataset_tags}
+            if args.push_to_hub:
+                trainer.push_to_hub(**about)  # with the card
+            else:
+                trainer.create_model_card(**about)
         return trainer
+
+    def _train(self, trainer: Any, args: TrainingArguments) -> None:
+        """From the last checkpoint where the run goes on; saved, and not pushed yet: later it is, with the card."""
+        checkpoint = last_checkpoint(str(args.output_dir)) if self.recipe.resume else None
+        if self.recipe.resume:
+            check_resumable(Path(str(args.output_dir)), Path(checkpoint) if checkpoint else None)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(_internal_call=True)
 
     def report(self, results: Mapping[str, Sweep], facts: Mapping[str, Any]) -> None:
         """Print, on the main process, the table of all variants with what it was made with."""
@@ -188,7 +197,7 @@ def report(
         tables = [f"{metric.upper()}:\n\n{text}" for metric, text in zip(metrics, tables, strict=True)]
     text = "\n\n".join(tables)
     facts = ", ".join(f"{key} {value}" for key, value in settings.items())
-    (folder / "results.md").write_text(f"{text}\n\n{facts}\n", encoding="utf-8")
+    write_text(f"{text}\n\n{facts}\n", folder / "results.md")
     places = ", ".join(str(folder / name) for name in results)
     where = f"Table and curves: {folder}/results.md, {curves}; models: {places}; report: {page}"
     return f"\n{text}\n\nSettings: {facts}\n{where}"

@@ -2,7 +2,7 @@
 
 from hf_robustq.report.chart import Bars, Cells, Chart, Line, Lines, figure, save_png
 from hf_robustq.report.page import write_report
-from hf_robustq.report.runs import RUN_FILE, SWEEP_FILE, WEIGHTS_FILE, Run, read
+from hf_robustq.report.runs import RUN_FILE, SWEEP_FILE, WEIGHTS_FILE, Run, check_resumable, read, read_facts
 
 __all__ = [
     "RUN_FILE",
@@ -14,8 +14,10 @@ __all__ = [
     "Line",
     "Lines",
     "Run",
+    "check_resumable",
     "figure",
     "read",
+    "read_facts",
     "save_png",
     "write_report",
 ]

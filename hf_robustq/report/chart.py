@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_robustq.files import written as written_whole
+
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a5195", "#56b4e9", "#e69f00", "#444444")
 """Okabe and Ito's, which the colour-blind can tell apart, in an order of contrast to white."""
 
@@ -21,6 +23,9 @@ DASHES = (
 """By Plotly's name and by matplotlib's."""
 
 FLOAT = ("dash", "--")
+
+LARGEST = 1e30
+"""In a picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +93,8 @@ class Cells(Chart):
 
 def save_png(charts: Chart | Sequence[Chart], path: str | Path) -> None:
     """One chart as PNG, or several as a grid of small ones. `ImportError` without matplotlib (extra `report`)."""
-    figure(charts).savefig(path, dpi=150)
+    with written_whole(path) as draft:
+        figure(charts).savefig(draft, dpi=150, format="png")
 
 
 def figure(charts: Chart | Sequence[Chart]) -> Any:
@@ -122,6 +128,11 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
+def _drawn(values: Sequence[float]) -> list[float]:
+    """NaN, which is left out, where a value is beyond what a picture has room for."""
+    return [value if abs(value) < LARGEST else math.nan for value in values]
+
+
 def _lines(axes: Any, chart: Lines) -> None:
     for line in chart.lines:
         mark = {"star": "*", "circle": "o", "none": ""}[line.mark] if line.dash >= 0 else ""
@@ -130,13 +141,14 @@ def _lines(axes: Any, chart: Lines) -> None:
             "markersize": 14 if line.mark == "star" else 4,
             "linewidth": 1 if line.dash < 0 else 1.5,
         }
-        axes.plot(line.x, line.y, linestyle=line.stroke[1], color=line.hue, label=_plain(line.name), **look)
+        x, y = _drawn(line.x), _drawn(line.y)
+        axes.plot(x, y, linestyle=line.stroke[1], color=line.hue, label=_plain(line.name), **look)
         if chart.fill:
-            axes.fill_between(line.x, line.y, color=line.hue, alpha=0.25)
+            axes.fill_between(x, y, color=line.hue, alpha=0.25)
     axes.set_xlabel(_plain(chart.x))
     axes.set_ylabel(_plain(chart.y))
     if chart.ticks:
-        axes.set_xticks(sorted(chart.ticks))
+        axes.set_xticks(sorted(tick for tick in chart.ticks if abs(tick) < LARGEST))
     if chart.percent:
         axes.yaxis.set_major_formatter("{x:.0%}")
     axes.grid(alpha=0.3)
@@ -149,7 +161,7 @@ def _bars(axes: Any, chart: Bars) -> None:
     for index, (name, values) in enumerate(chart.series.items()):
         places = [i + (index - (len(chart.series) - 1) / 2) * each for i in range(len(chart.names))]
         label = _plain(name) if len(chart.series) > 1 else None
-        drawn = axes.barh(places, values, each, color=COLORS[index % len(COLORS)], label=label)
+        drawn = axes.barh(places, _drawn(values), each, color=COLORS[index % len(COLORS)], label=label)
         axes.bar_label(drawn, fmt="{:.1%}" if chart.percent else "{:.4g}", fontsize=7, padding=2)
     axes.set_yticks(range(len(chart.names)), map(_plain, chart.names), fontsize=7)
     axes.invert_yaxis()
@@ -162,12 +174,13 @@ def _bars(axes: Any, chart: Bars) -> None:
 
 
 def _cells(axes: Any, chart: Cells) -> None:
-    image = axes.imshow(chart.values, aspect="auto", cmap="viridis")
+    values = [_drawn(row) for row in chart.values]
+    image = axes.imshow(values, aspect="auto", cmap="viridis")
     axes.set_xticks(range(len(chart.columns)), map(_plain, chart.columns), rotation=45, ha="right", fontsize=8)
     axes.set_yticks(range(len(chart.rows)), map(_plain, chart.rows), fontsize=8)
     axes.set_xlabel(_plain(chart.x))
     small = len(chart.rows) * len(chart.columns) <= 400
-    for i, row in enumerate(chart.values):
+    for i, row in enumerate(values):
         for j, value in enumerate(row):
             if small and math.isfinite(value):
                 dark = image.norm(value) < 0.6

@@ -42,7 +42,7 @@ def by_bits(sweeps: Mapping[str, Sweep], metric: str) -> Lines | None:
             ticks.update(x)
         for row in rows:
             if row.setting == "trained" and row.weights is not None:
-                x, y = [row.weights], [row.metrics[metric]]
+                x, y = [row.weights], [row.value(metric)]
                 lines.append(Line(name=f"{label}, trained", x=x, y=y, color=color, mark="star"))
                 ticks.add(row.weights)
     if not lines:
@@ -51,7 +51,7 @@ def by_bits(sweeps: Mapping[str, Sweep], metric: str) -> Lines | None:
     for color, (label, sweep) in enumerate(sweeps.items()):
         for row in sweep.rows:
             if row.setting == "fp":
-                level = [row.metrics[metric]] * 2
+                level = [row.value(metric)] * 2
                 lines.append(Line(name=f"{label}, float", x=ends, y=level, color=color, dash=-1, mark="none"))
     head = f"{metric.capitalize()} against weight bits"
     return Lines(title=head, x="weight bits", y=metric, lines=lines, ticks=sorted(ticks), percent=is_share(metric))
@@ -70,7 +70,7 @@ def step_ratios(sweeps: Mapping[str, Sweep], metric: str) -> Lines | None:
         found: dict[str, list[tuple[float, float]]] = {}
         for row in sweep.rows:
             setting = Setting.parse(row.setting)
-            found.setdefault(replace(setting, ratio=1.0).name, []).append((setting.ratio, row.metrics[metric]))
+            found.setdefault(replace(setting, ratio=1.0).name, []).append((setting.ratio, row.value(metric)))
         found = {name: sorted(points) for name, points in found.items() if len(points) > 2}
         for dash, (name, points) in enumerate(found.items()):
             x, y = zip(*points, strict=True)
@@ -93,7 +93,7 @@ def transfer(sweeps: Mapping[str, Sweep], metric: str) -> Cells | None:
 
 
 def _value(sweep: Sweep, setting: str, metric: str) -> float:
-    return next((row.metrics[metric] for row in sweep.rows if row.setting == setting), math.nan)
+    return next((row.value(metric) for row in sweep.rows if row.setting == setting), math.nan)
 
 
 def over_training(run: Run) -> list[Chart]:
@@ -163,13 +163,13 @@ def sensitivity(runs: Sequence[Run]) -> list[Chart]:
             percent = is_share(metric)
             head = f"Sensitivity to {title(setting)}: {run.name}"
             note = (
-                f"{metric}: {written(whole['only'][metric], percent)} in float, "
-                f"{written(whole['without'][metric], percent)} with every layer at {title(setting)}"
+                f"{metric}: {written(whole['only'].get(metric, math.nan), percent)} in float, "
+                f"{written(whole['without'].get(metric, math.nan), percent)} with every layer at {title(setting)}"
             )
             sign = -1 if less_is_better(metric) else 1
 
             def lost(one: dict[str, Any], other: dict[str, Any], metric: str = metric, sign: int = sign) -> float:
-                return sign * (one[metric] - other[metric])
+                return sign * (one.get(metric, math.nan) - other.get(metric, math.nan))
 
             series = {
                 "lost by this layer alone": [lost(whole["only"], one["only"]) for one in layers.values()],

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_robustq.files import write_text
 from hf_robustq.report import charts as draw
 from hf_robustq.report.chart import Chart, save_png
 from hf_robustq.report.plotly import options
@@ -77,9 +78,7 @@ def write_report(runs: Sequence[Run], folder: str | Path, pictures: bool = True)
     }
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], PAGE.read_text(encoding="utf-8"))
     written = [folder / "index.html"]
-    draft = folder / "index.html.tmp"
-    draft.write_text(page, encoding="utf-8")
-    draft.replace(written[0])
+    write_text(page, written[0])
     if not pictures:
         return written
     try:

@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from hf_robustq.files import VERSION, read_json, write_json
+from hf_robustq.shapes import check
 from hf_robustq.sweep.settings import Setting
-
-VERSION = 1
-"""Of the files here."""
 
 FACTS = {field.name for field in dataclasses.fields(Setting)} | {
     *("model", "setting", "method", "samples", "subset", "calibration", "data", "split", "seed", "seconds", "staged"),
 }
 """What a row of `robustq sweep` has besides its metrics."""
+
+NUMBER = (float, None)
+SWEEPS = [{
+    "rows": [{
+        "setting": str, "weights": NUMBER, "activations": NUMBER, "metrics": {str: float}, "samples": int,
+        "dataset?": str, "subset?": str, "staged?": NUMBER,
+    }, ...],
+    "epoch?": NUMBER, "step?": (int, None), "context?": dict, "layers?": {str: {str: NUMBER}},
+}]  # fmt: skip
+ROW = {
+    "model": str, "setting": str, "weights": NUMBER, "activations": NUMBER, "samples": int, "subset": str,
+    "split": (str, None), "staged?": NUMBER, "data?": (str, None), "calibration?": (str, None),
+    "method?": (str, None), "seed?": int, "seconds?": float,
+}  # fmt: skip
+ROWS = {"sweep": dict, "models": {str: str}, "rows": [ROW]}
+"""What the files here hold: see `hf_robustq.shapes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +52,10 @@ class Row:
     dataset: str = "eval"
     subset: str = "all"
     staged: float | None = None
+
+    def value(self, metric: str) -> float:
+        """NaN where it was not measured."""
+        return self.metrics.get(metric, math.nan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,22 +96,16 @@ def save_sweeps(sweeps: Sequence[Sweep], path: str | Path) -> None:
     write_json({"version": VERSION, "sweeps": [sweep.to_dict() for sweep in sweeps]}, path)
 
 
-def write_json(values: Any, path: str | Path, indent: int | None = 1) -> None:
-    """The old file stays whole until the new one is."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(values, indent=indent), encoding="utf-8")
-    draft.replace(path)
-
-
 def load_sweeps(path: str | Path) -> list[Sweep]:
     """What `save_sweeps` wrote, also before its files had a version. Raises `ValueError` for anything else."""
     values = read_json(path)
     try:
-        values = values if isinstance(values, list) else values["sweeps"]
+        values = values["sweeps"] if isinstance(values, dict) and "sweeps" in values else values
+        check(values, SWEEPS)
+        for row in (row for one in values for row in one["rows"]):
+            Setting.parse(row["setting"])
         return [Sweep.from_dict(one) for one in values]
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no sweeps as this version writes them ({error}): measure again") from None
 
 
@@ -100,9 +113,23 @@ def load_measured(path: str | Path) -> dict[str, Sweep]:
     """The `rows.json` of `robustq sweep`, by model. Raises `ValueError` for anything else."""
     values = read_json(path)
     try:
-        return measured_sweeps(values["rows"], values["sweep"])
-    except (TypeError, KeyError, AttributeError) as error:
+        check_rows(values)
+    except ValueError as error:
         raise ValueError(f"{path} holds no rows as this version writes them ({error}): measure again") from None
+    return measured_sweeps(values["rows"], values["sweep"])
+
+
+def check_rows(values: Any) -> None:
+    """Raise `ValueError` for what is no `rows.json` of `robustq sweep`."""
+    check(values, ROWS)
+    for index, row in enumerate(values["rows"]):
+        metrics = {key: value for key, value in row.items() if key not in FACTS}
+        check(metrics, {str: NUMBER}, f"/rows/{index}")
+        setting = asdict(Setting.parse(row["setting"]))
+        facts = {key: value for key, value in setting.items() if key not in ROW}
+        differ = [key for key, value in facts.items() if repr(row.get(key, value)) != repr(value)]
+        if differ:
+            raise ValueError(f"/rows/{index}: {differ[0]} is not that of {row['setting'][:80]!r}")
 
 
 def measured_sweeps(rows: Iterable[Mapping[str, Any]], context: Mapping[str, Any]) -> dict[str, Sweep]:
@@ -116,20 +143,6 @@ def measured_sweeps(rows: Iterable[Mapping[str, Any]], context: Mapping[str, Any
     return {model: Sweep(rows=rows, context=dict(context)) for model, rows in found.items()}
 
 
-def read_json(path: str | Path) -> Any:
-    """Raises `ValueError`, in one line, for a file that is no JSON, or of a later version of this package."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is not there") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged, or no JSON: {error}") from None
-    version = values.get("version", VERSION) if isinstance(values, dict) else 0
-    if version != VERSION and isinstance(version, int) and version > VERSION:
-        raise ValueError(f"{path} was written by a later version of hf_robustq: update it")
-    return values
-
-
 def curves(rows: Iterable[Row], metric: str) -> dict[str, list[tuple[float, float]]]:
     """Metric against weight bits, by what the settings say besides ("": nothing; "a4@learned"); two points or more.
 
@@ -139,10 +152,10 @@ def curves(rows: Iterable[Row], metric: str) -> dict[str, list[tuple[float, floa
     for row in rows:
         if row.weights is not None and row.setting.startswith("w"):
             how = row.setting.removeprefix(f"w{row.weights}")
-            found.setdefault(how, []).append((row.weights, row.metrics[metric]))
+            found.setdefault(how, []).append((row.weights, row.value(metric)))
             if row.activations == row.weights:
                 how = f"a=w{how.removeprefix(f'a{row.activations}')}"
-                found.setdefault(how, []).append((row.weights, row.metrics[metric]))
+                found.setdefault(how, []).append((row.weights, row.value(metric)))
     return {name: sorted(points) for name, points in found.items() if len(points) > 1}
 
 

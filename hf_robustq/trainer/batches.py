@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import Trainer
 
 from hf_robustq.calibrate import rows
-
 from hf_robustq.trainer.streams import check_restarts
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from hf_robustq.config import RobustQConfig
 from hf_robustq.distributed import differences
+from hf_robustq.files import read_mapping
 from hf_robustq.plugin import BESIDES, METHOD, RobustQ
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def check_config(checkpoint: Path, plugin: RobustQ) -> None:
     file = checkpoint / "config.json"
     if not file.is_file():
         return  # not a model of transformers
-    saved = json.loads(file.read_text(encoding="utf-8")).get("quantization_config") or {}
+    saved = read_mapping(file).get("quantization_config") or {}
     if saved.get("quant_method") != METHOD:
         raise ValueError(f"{checkpoint} was written without RobustQ: load it as the model instead of resuming from it")
     saved = {key: value for key, value in saved.items() if key not in BESIDES}
