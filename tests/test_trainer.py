@@ -551,7 +551,7 @@ def test_sweep_misuse_is_refused_in_a_line(tmp_path):
             **options,
         )
 
-    with pytest.raises(ValueError, match="every must be at least 1"):
+    with pytest.raises(ValueError, match="every must be a whole number from 1"):
         build(sweep_options={"every": 0})
     with pytest.raises(ValueError, match="batch_eval_metrics"):
         build(args=arguments(tmp_path, batch_eval_metrics=True))
@@ -749,7 +749,7 @@ def test_options_of_two_passes_and_averages_are_checked(tmp_path):
 
     with pytest.raises(ValueError, match="unknown option of asam 'roh': did you mean 'rho'"):
         build(asam={"roh": 1.0})
-    with pytest.raises(ValueError, match="rho must be positive"):
+    with pytest.raises(ValueError, match="asam.rho must be a number above 0"):
         build(asam={"rho": 0})
     with pytest.raises(ValueError, match="decay must be"):
         build(ema={"decay": 2})

@@ -15,6 +15,7 @@ from hf_robustq import distributed
 from hf_robustq.calibrate import Forward, weight_probe
 from hf_robustq.config import QuantizerConfig, RobustQConfig
 from hf_robustq.optim import EMA
+from hf_robustq.options import OptionError, check, shown
 from hf_robustq.plugin import afterwards
 from hf_robustq.plugin.bits import LearnedBits
 from hf_robustq.plugin.calibration import Calibration
@@ -34,6 +35,7 @@ from hf_robustq.plugin.training import Training
 from hf_robustq.products import Products, reasons
 from hf_robustq.quantizers import Quantizer
 from hf_robustq.regularizers import REGULARIZERS
+from hf_robustq.schedules import LearningRate
 from hf_robustq.sharded import whole_shape
 from hf_robustq.sites import LeftOut, Site, attach, detach, find_sites, refuse_wrapped
 from hf_robustq.size import Size, size
@@ -44,6 +46,12 @@ logger = logging.getLogger(__name__)
 
 BITS_LR = 0.05
 """Learning rate of bit-widths where none is given: bits an optimizer step under Adam."""
+
+
+def check_rates(scale_lr: Any, bits_lr: Any) -> None:
+    """Raise `ValueError` for learning rates of what stages learn that are none."""
+    check("scale_lr", scale_lr, LearningRate | None)
+    check("bits_lr", bits_lr, LearningRate)
 
 
 class RobustQ:
@@ -99,12 +107,12 @@ class RobustQ:
         with_inputs = [name for name, site in own.items() if not float_input(config, site)]
         for what, patterns, names in (
             ("weights_only", config.weights_only, [site.name for site in self.sites]),
-            ("mixed", config.weights.mixed if config.weights else (), own),
-            ("mixed", config.activations.mixed if config.activations else (), with_inputs),
+            ("weights.mixed", config.weights.mixed if config.weights else (), own),
+            ("activations.mixed", config.activations.mixed if config.activations else (), with_inputs),
         ):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in names):
-                    raise ValueError(f"{what}: pattern {pattern!r} matches no staged weight")
+                    raise ValueError(f"{what}: pattern {shown(pattern)} matches no staged weight")
 
     def _attach(self) -> None:
         shared: dict[int, dict[str, nn.Module] | nn.Sequential] = {}
@@ -131,9 +139,9 @@ class RobustQ:
                 stage = REGULARIZERS[regularizer.method](**regularizer.options)
                 inner = [site for site in self.sites if site.name not in self.edges]
                 reasons = {stage.refuses(site.module) or "frozen" for site in inner} or {"a first or last layer"}
-                raise ValueError(
-                    f"{regularizer.method}: every weight it would act on is {' or '.join(sorted(reasons))}: "
-                    "let it act on some, or drop it"
+                raise OptionError(
+                    f"regularizers.{regularizer.method}",
+                    f"every weight it would act on is {' or '.join(sorted(reasons))}: let it act on some, or drop it",
                 )
 
     # ---- before training -------------------------------------------------------------------------
@@ -298,6 +306,7 @@ class RobustQ:
         """Groups of what the stages learn."""
         bits = {id(stage.beta) for stage in self.bits.stages().values()}
         own = self.own_parameters().values()
+        check_rates(scale_lr, bits_lr)
         rate = {} if scale_lr is None else {"lr": scale_lr}
         groups = [
             {"params": [p for p in own if id(p) not in bits], "weight_decay": 0.0, **rate},
