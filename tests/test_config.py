@@ -6,7 +6,7 @@ from types import MappingProxyType
 import pytest
 import yaml
 
-from hf_robustq import ASAM, EMA, KURE, DoReFa, Grid, NoiseTempered, RobustQConfig, SatNL, WaveQ
+from hf_robustq import ASAM, EMA, KURE, DoReFa, Grid, NoiseTempered, RobustQ, RobustQConfig, SatNL, WaveQ
 from hf_robustq.options import LONGEST, shown
 from hf_robustq.trainer.optimizer import checked_schedule
 from tests.mutants import SHARED, network
@@ -157,6 +157,8 @@ def test_constructors_and_learning_rates_are_checked_alike(number):
         ("satnl.d", lambda: SatNL(d=number)),
         ("asam.rho", lambda: ASAM(network(), rho=number)),
         ("ema.decay", lambda: EMA(network(), decay=number)),
+        ("scale_lr", lambda: RobustQ(network(), {}).parameter_groups(0.0, scale_lr=number)),
+        ("bits_lr", lambda: RobustQ(network(), {}).parameter_groups(0.0, bits_lr=number)),
         ("lr_schedule.every", lambda: checked_schedule({"name": "step", "every": number})),
         ("lr_schedule.rate", lambda: checked_schedule({"name": "exponential", "rate": number})),
     ):

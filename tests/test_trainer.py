@@ -551,7 +551,7 @@ def test_sweep_misuse_is_refused_in_a_line(tmp_path):
             **options,
         )
 
-    with pytest.raises(ValueError, match="every must be a whole number from 1"):
+    with pytest.raises(ValueError, match="every must be at least 1"):
         build(sweep_options={"every": 0})
     with pytest.raises(ValueError, match="batch_eval_metrics"):
         build(args=arguments(tmp_path, batch_eval_metrics=True))

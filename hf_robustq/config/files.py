@@ -23,11 +23,11 @@ BROKEN = (ValueError, LookupError, AttributeError, TypeError, RecursionError)
 def read_file(path: str | Path) -> dict[str, Any]:
     """What a `.json` file holds, or any other as YAML; of an empty one nothing. Raises `ValueError`, in one line."""
     path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path} is not there: name a YAML or JSON file")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: name a YAML or JSON file in it")
     kind = "JSON" if path.suffix == ".json" else "YAML"
+    if not path.exists():
+        raise ValueError(f"{path} is not there: name a {kind} file")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: name a {kind} file in it")
     try:
         text = path.read_text(encoding="utf-8-sig")
         values = json.loads(text, object_pairs_hook=_once) if kind == "JSON" else yaml.load(text, _Loader)
