@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from hf_robustq.options import Range, check
 
 MIN_BITS, MAX_BITS = 2, 16
+Bits = Annotated[int, Range(MIN_BITS, MAX_BITS)]
 
 
 def check_bits(bits: int, what: str = "bits") -> int:
     """Return `bits` if it is a whole number from 2 to 16, else raise `ValueError`."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-        raise ValueError(f"{what} must be a whole number from {MIN_BITS} to {MAX_BITS}, got {bits!r}")
+    check(what, bits, Bits)
     return bits
 
 

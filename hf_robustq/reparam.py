@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_robustq.functional import chunks, flatten, fused, memory_order, no_autocast, unflatten, working_dtype
+from hf_robustq.options import Range, check_known, checked, under
 from hf_robustq.sharded import whole
 from hf_robustq.sites import Site
 from hf_robustq.stage import Stage
@@ -90,12 +91,24 @@ class SatNL(Stage):
 
     d: Tensor
 
-    def __init__(self, function: str = "tanh", d: float | None = None, invert: bool = True) -> None:
+    @checked("satnl")
+    def __init__(
+        self,
+        function: str = "tanh",
+        d: Annotated[float, Range(1e-6, 1e6)] | None = None,
+        invert: bool = True,
+    ) -> None:
         super().__init__()
         self.function = function
         self.invert = invert
         self.enabled = True
         self.register_buffer("d", torch.tensor([math.nan if d is None else float(d)]))
+
+    @staticmethod
+    def check_together(function: str = "tanh", **_: Any) -> None:
+        """Raise `ValueError` for a function that is not known."""
+        with under("function"):
+            check_known([function], SATURATING, "function of satnl")
 
     def forward(self, v: Tensor) -> Tensor:
         return _Saturate.apply(v, self.d.to(working_dtype(v)), self.function) if self.enabled else v

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Annotated
+
+from hf_robustq.options import Range
 
 Schedule = Callable[[float], float]
 
@@ -51,17 +54,22 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
-def step_decay(epoch: float, epochs: float, every: int = 30, factor: float = 0.1) -> float:  # noqa: ARG001
+Every = Annotated[float, Range(0.001, 1e9)]
+Factor = Annotated[float, Range(0, 1)]
+LearningRate = Annotated[float, Range(0, 1000)]
+
+
+def step_decay(epoch: float, epochs: float, every: Every = 30, factor: Factor = 0.1) -> float:  # noqa: ARG001
     """Learning-rate multiplier: times `factor` every `every` epochs."""
     return factor ** math.floor(epoch / every + 1e-9)
 
 
-def exponential_decay(epoch: float, epochs: float, rate: float = 0.98) -> float:  # noqa: ARG001
+def exponential_decay(epoch: float, epochs: float, rate: Factor = 0.98) -> float:  # noqa: ARG001
     """Learning-rate multiplier: times `rate` after each epoch."""
     return rate ** math.floor(epoch + 1e-9)
 
 
-def cosine_steps(epoch: float, epochs: float, every: int = 50, factor: float = 0.1) -> float:
+def cosine_steps(epoch: float, epochs: float, every: Every = 50, factor: Factor = 0.1) -> float:
     """Learning-rate multiplier: one half-cosine to 0 over the run, times a step decay."""
     half_cosine = (1.0 + math.cos(math.pi * min(epoch / epochs, 1.0))) / 2.0
     return half_cosine * step_decay(epoch, epochs, every, factor)

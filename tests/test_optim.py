@@ -234,7 +234,7 @@ def test_a_plain_accelerate_loop():
 
 @pytest.mark.parametrize("options", [{"rho": 0.0}, {"rho": -1.0}, {"rho": float("nan")}, {"eta": -0.1}])
 def test_numbers_that_make_no_sense_are_refused(options):
-    with pytest.raises(ValueError, match=r"asam: (rho must be positive|eta must be 0 or more)"):
+    with pytest.raises(ValueError, match=r"asam\.(rho must be a number above 0|eta must be a number from 0)"):
         ASAM(norms(), **options)
 
 
@@ -354,7 +354,7 @@ def test_the_averages_are_in_place_meanwhile_and_the_weights_afterwards():
     ema.update()
     with ema.applied():
         assert torch.equal(model[4].weight, ema.averages["4.weight"])
-    with pytest.raises(ValueError, match="ema: decay"):
+    with pytest.raises(ValueError, match=r"ema\.decay must be a number of at least 0 and below 1"):
         EMA(model, decay=1.0)
 
 

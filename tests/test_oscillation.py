@@ -127,5 +127,5 @@ def test_what_needs_steps_says_so():
             RobustQ(nn.Linear(2, 2), {**config, "weights": {"bits": 4, "method": "dorefa"}})
     with pytest.raises(ValueError, match="oscillations must be 'ignore', 'watch' or 'freeze'"):
         RobustQ(nn.Linear(2, 2), {"oscillations": "stop"})
-    with pytest.raises(ValueError, match="freeze_above is a frequency"):
+    with pytest.raises(ValueError, match="freeze_above must be a number .a frequency. above 0 and below 1"):
         RobustQ(nn.Linear(2, 2), {"freeze_above": math.inf})

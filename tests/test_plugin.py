@@ -392,8 +392,8 @@ def test_mixed_bits_are_those_of_the_first_pattern_that_matches():
     assert RobustQConfig.from_dict(plugin.config.to_dict()) == plugin.config
     for wrong, message in (
         ({"mixed": {"nothing.*": 4}}, "mixed: pattern 'nothing.*' matches no staged weight"),
-        ({"mixed": 5}, "mixed must be a mapping of patterns to bits, got 5"),
-        ({"mixed": {"1.weight": 17}}, "mixed: bits of 1.weight must be a whole number from 2 to 16"),
+        ({"mixed": 5}, "weights.mixed must be a mapping, got 5"),
+        ({"mixed": {"1.weight": 17}}, "weights.mixed['1.weight'] must be a whole number from 2 to 16"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             RobustQ(torch.nn.Sequential(torch.nn.Linear(4, 4)), {"weights": {"bits": 4, **wrong}, "first_last": "same"})

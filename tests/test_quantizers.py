@@ -279,7 +279,7 @@ def test_the_temperature_follows_its_schedule_and_the_learning_rate():
     assert float(stage.temperature) == pytest.approx(0.2 * 0.5 * 0.1)
     with pytest.raises(ValueError, match="unknown schedule 'up'"):
         noisy(schedule="up")
-    with pytest.raises(ValueError, match="c and k must be 0 or more"):
+    with pytest.raises(ValueError, match=r"noise\.c must be a number from 0 to 100"):
         noisy(c=-1)
 
 

@@ -109,5 +109,5 @@ def test_every_nth_step_n_times_as_strongly():
     assert [bool(g.any()) for g in always] == [True] * 6
     assert [bool(g.any()) for g in third] == [True, False, False] * 2
     torch.testing.assert_close(third.sum(0), always.sum(0), rtol=1e-3, atol=1e-6)
-    with pytest.raises(ValueError, match="every must be at least 1"):
+    with pytest.raises(ValueError, match="every must be a whole number from 1"):
         RobustQ(resnet(), {"regularizers": {"sym1": {"every": 0}}})

@@ -749,7 +749,7 @@ def test_options_of_two_passes_and_averages_are_checked(tmp_path):
 
     with pytest.raises(ValueError, match="unknown option of asam 'roh': did you mean 'rho'"):
         build(asam={"roh": 1.0})
-    with pytest.raises(ValueError, match="rho must be positive"):
+    with pytest.raises(ValueError, match="asam.rho must be a number above 0"):
         build(asam={"rho": 0})
     with pytest.raises(ValueError, match="decay must be"):
         build(ema={"decay": 2})

@@ -31,16 +31,15 @@ def recipes() -> Path:
 
 def script(config: str) -> tuple[Path, Path]:
     """(the recipe's script, the YAML file). Raises `ValueError` for a file that is none, or names no recipe."""
-    from hf_robustq.config import check_known
-    from hf_robustq.recipe import read_config
+    from hf_robustq.config import check_known, read_file
 
     file = Path(config)
     if file.suffix not in (".yaml", ".yml"):
         known = {path.stem: path for path in sorted((recipes() / "configs").glob("*.yaml"))}
         check_known([config], known, "config")
         file = known[config]
-    recipe = read_config(file).get("recipe")
-    names = sorted({read_config(one)["recipe"] for one in (recipes() / "configs").glob("*.yaml")})
+    recipe = read_file(file).get("recipe")
+    names = sorted({read_file(one)["recipe"] for one in (recipes() / "configs").glob("*.yaml")})
     if recipe is None:
         raise ValueError(f"{file} names no recipe: add a line `recipe: NAME`, one of {', '.join(names)}")
     check_known([str(recipe)], names, "recipe")

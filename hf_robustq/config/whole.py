@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-
-from hf_robustq.config.checks import check_known, check_types
-from hf_robustq.config.methods import QuantizerConfig, RegularizerConfig, SatNLConfig, nested
+from hf_robustq.config.files import read_file
+from hf_robustq.config.methods import (
+    QuantizerConfig,
+    RegularizerConfig,
+    SatNLConfig,
+    check_role,
+    quantizer,
+    regularizers,
+    satnl,
+)
+from hf_robustq.options import OptionError, Range, check, check_fields, check_known, check_mapping, shown, under
 from hf_robustq.quantizers import QUANTIZERS
 from hf_robustq.regularizers import REGULARIZERS
+
+BUDGETS = {
+    "bits": Annotated[float, Range(0, 32, above=True)],
+    "megabytes": Annotated[float, Range(0, 1e9, above=True)],
+    "bit_operations": Annotated[float, Range(0, 1e20, above=True)],
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +61,7 @@ class RobustQConfig:
 
     satnl: SatNLConfig | None = None
     regularizers: tuple[RegularizerConfig, ...] = ()
-    budget: Mapping[str, float] | None = None
+    budget: Mapping[str, Any] | None = None
     weights: QuantizerConfig | None = None
     activations: QuantizerConfig | None = None
     include: tuple[str, ...] = ("*",)
@@ -62,50 +74,44 @@ class RobustQConfig:
     adapters: bool = False
     memory: Literal["keep", "recompute"] = "keep"
     oscillations: Literal["ignore", "watch", "freeze"] = "ignore"
-    freeze_above: float = 0.02
-    calibration_samples: int = 512
-    seed: int = 0
+    freeze_above: Annotated[float, "(a frequency)", Range(0, 1, above=True, below=True)] = 0.02
+    calibration_samples: Annotated[int, Range(1, 2**31)] = 512
+    seed: Annotated[int, Range(-(2**63), 2**63 - 1)] = 0
 
     def __post_init__(self) -> None:
-        check_types(self)
-        if self.first_last not in ("float", 8, "same"):
-            raise ValueError(f"first_last must be 'float', 8 or 'same', got {self.first_last!r}")
-        if self.oscillations not in ("ignore", "watch", "freeze"):
-            raise ValueError(f"oscillations must be 'ignore', 'watch' or 'freeze', got {self.oscillations!r}")
-        if not 0 < self.freeze_above < 1:
-            raise ValueError(f"freeze_above is a frequency between 0 and 1, got {self.freeze_above!r}")
-        if self.memory not in ("keep", "recompute"):
-            raise ValueError(f"memory must be 'keep' or 'recompute', got {self.memory!r}")
-        if self.calibration_samples < 1:
-            raise ValueError(f"calibration_samples must be at least 1, got {self.calibration_samples!r}")
-        if self.activations is not None and self.activations.per_channel:
-            raise ValueError("activations are quantized per tensor: remove per_channel from activations")
-        for regularizer in self.regularizers:
-            if not regularizer.fits(self.weights):
-                known = " or ".join(REGULARIZERS[regularizer.method].works_with)
-                raise ValueError(f"{regularizer.method}: needs weights with method {known}")
-        if self.oscillations != "ignore" and (self.weights is None or not QUANTIZERS[self.weights.method].uniform):
-            raise ValueError("oscillations: needs weights with a quantizer that rounds to steps, such as lsq")
-        if self.budget is not None:
-            self._check_budget()
-        if self.oscillations != "ignore" and any(one.learns_bits for one in self.regularizers):
-            raise ValueError("oscillations: levels move while waveq learns bits: set it to ignore, or learn to false")
-        if self.satnl is not None and self.oscillations == "freeze":
-            raise ValueError("satnl: weights cannot be frozen on the levels beyond it: watch oscillations, or drop one")
+        check_fields(self)
+        weights, uniform = self.weights, self.weights is not None and QUANTIZERS[self.weights.method].uniform
+        learned = any(one.learns_bits for one in self.regularizers)
         names = [regularizer.method for regularizer in self.regularizers]
         if len(set(names)) < len(names):
-            raise ValueError(f"a regularizer is listed twice: {', '.join(names)}")
-
-    def _check_budget(self) -> None:
-        check_known(self.budget or {}, ("bits", "megabytes", "bit_operations"), "measure of budget")
-        values = list((self.budget or {}).values())
-        number = all(isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < math.inf for v in values)
-        if len(values) != 1 or not number:
-            raise ValueError(
-                f"budget: one of bits, megabytes, bit_operations and a positive number, got {self.budget!r}"
+            raise OptionError("regularizers", f"a regularizer is listed twice: {', '.join(names)}")
+        for one in self.regularizers:
+            if not one.fits(weights):
+                known = " or ".join(REGULARIZERS[one.method].works_with)
+                raise OptionError(f"regularizers.{one.method}", f"needs weights with method {known}")
+        with under("weights"):
+            check_role(weights, "weight")
+        with under("activations"):
+            check_role(self.activations, "input")
+        if self.budget is not None:
+            with under("budget"):
+                check_known(self.budget, BUDGETS, "measure of budget")
+            for key, value in self.budget.items():
+                check(f"budget.{key}", value, BUDGETS[key])
+            if len(self.budget) != 1:
+                raise OptionError("budget", f"must be one of {', '.join(BUDGETS)}, got {shown(self.budget)}")
+            if not learned:
+                raise OptionError("budget", "bits are learned by the regularizer waveq: add it, with learn: true")
+        if self.oscillations != "ignore" and not uniform:
+            raise OptionError("oscillations", "needs weights with a quantizer that rounds to steps, such as lsq")
+        if self.oscillations != "ignore" and learned:
+            raise OptionError(
+                "oscillations", "levels move while waveq learns bits: set it to ignore, or learn to false"
             )
-        if not any(one.learns_bits for one in self.regularizers):
-            raise ValueError("budget: bits are learned by the regularizer waveq: add it, with learn: true")
+        if self.satnl is not None and self.oscillations == "freeze":
+            raise OptionError(
+                "satnl", "weights cannot be frozen on the levels beyond it: watch oscillations, or drop one"
+            )
 
     def requantized(self, weights: QuantizerConfig | None, activations: QuantizerConfig | None) -> Self:
         """With other quantizers, and without what does not go with them."""
@@ -123,25 +129,18 @@ class RobustQConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The config that `to_dict` wrote; regularizers may also be `{"kure": {"strength": 1.0, "target": 1.8}}`."""
-        check_known(values, [f.name for f in fields(cls)], "config key")
+        check_known(check_mapping("", values, "config keys"), [f.name for f in fields(cls)], "config key")
         given = dict(values)
-        regularizers = given.get("regularizers", ())
-        if isinstance(regularizers, Mapping):
-            regularizers = [{"method": name, **(options or {})} for name, options in regularizers.items()]
-        if "regularizers" in given:
-            given["regularizers"] = tuple(nested(RegularizerConfig, "regularizers", one) for one in regularizers)
-        for name in ("weights", "activations"):
-            if given.get(name) is not None:
-                given[name] = nested(QuantizerConfig, name, given[name])
-        if given.get("satnl") is not None and not isinstance(given["satnl"], SatNLConfig):
-            values = given["satnl"]
-            if not isinstance(values, Mapping):
-                raise ValueError(f"satnl: expected a mapping of options, got {values!r}")
-            check_known(values, [f.name for f in fields(SatNLConfig)], "key of satnl")
-            given["satnl"] = SatNLConfig(**values)
+        builders = {"satnl": satnl, "weights": quantizer, "activations": quantizer, "regularizers": regularizers}
+        for name, build in builders.items():
+            if name in given and (given[name] is not None or name == "regularizers"):
+                with under(name):
+                    given[name] = build(given[name])
         for name in ("include", "exclude", "weights_only", "parameters"):
-            if name in given:
-                given[name] = (given[name],) if isinstance(given[name], str) else tuple(given[name])
+            if isinstance(given.get(name), str):
+                given[name] = (given[name],)
+            elif isinstance(given.get(name), list | set | frozenset):
+                given[name] = tuple(given[name])
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
@@ -154,7 +153,10 @@ class RobustQConfig:
         path = Path(path)
         if path.suffix not in (".yaml", ".yml", ".json"):
             raise ValueError(f"{path}: a config is a .yaml, .yml or .json file")
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: expected a mapping of config keys")
-        return cls.from_dict(values)
+        values = read_file(path)
+        if not values:
+            raise ValueError(f"{path}: expected a mapping of config keys, and it holds none")
+        try:
+            return cls.from_dict(values)
+        except OptionError as error:
+            raise ValueError(f"{path}: {error}") from None

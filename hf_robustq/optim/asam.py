@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from hf_robustq.distributed import average, several
 from hf_robustq.functional import chunks, flatten, fused, memory_order, working_dtype
+from hf_robustq.options import Range, checked
 from hf_robustq.quantizers import Quantizer
 from hf_robustq.sharded import held, settle, share_held, uses_deepspeed, values_kept
 
@@ -53,19 +53,16 @@ class ASAM:
     optimizer step, and for a rho or eta that makes no sense).
     """
 
+    @checked("asam")
     def __init__(
         self,
         model: nn.Module,
-        rho: float = 0.5,
-        eta: float = 0.01,
+        rho: Annotated[float, Range(0, 1000, above=True)] = 0.5,
+        eta: Annotated[float, Range(0, 1000)] = 0.01,
         adaptive: bool = True,
         per_rank: bool = False,
         exclude: Collection[str] = (),
     ) -> None:
-        if not 0 < rho < math.inf:
-            raise ValueError(f"asam: rho must be positive, got {rho!r}")
-        if not 0 <= eta < math.inf:
-            raise ValueError(f"asam: eta must be 0 or more, got {eta!r}")
         self.model = model
         self.rho, self.eta, self.adaptive, self.per_rank = rho, eta, adaptive, per_rank
         self.exclude = frozenset(exclude)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from hf_robustq.options import Range, checked
 from hf_robustq.sharded import assign, held, settle, uses_deepspeed, values_kept, whole
 
 
@@ -27,9 +28,8 @@ class EMA:
     Raises `ValueError` for a decay that is not in [0, 1), and under DeepSpeed, which keeps the weights to itself.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"ema: decay must be at least 0 and below 1, got {decay!r}")
+    @checked("ema")
+    def __init__(self, model: nn.Module, decay: Annotated[float, Range(0, 1, below=True)] = 0.9999) -> None:
         self.model = model
         self.decay = decay
         self.updates = 0

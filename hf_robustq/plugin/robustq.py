@@ -16,6 +16,7 @@ from hf_robustq import distributed
 from hf_robustq.calibrate import Forward, weight_probe
 from hf_robustq.config import QuantizerConfig, RobustQConfig
 from hf_robustq.optim import EMA
+from hf_robustq.options import OptionError, check, shown
 from hf_robustq.plugin import adapters, afterwards
 from hf_robustq.plugin.bits import LearnedBits
 from hf_robustq.plugin.calibration import Calibration
@@ -35,6 +36,7 @@ from hf_robustq.plugin.training import Training
 from hf_robustq.products import Products, reasons
 from hf_robustq.quantizers import Quantizer
 from hf_robustq.regularizers import REGULARIZERS
+from hf_robustq.schedules import LearningRate
 from hf_robustq.sharded import check_finite, whole_shape
 from hf_robustq.sites import (
     LeftOut,
@@ -54,6 +56,12 @@ logger = logging.getLogger(__name__)
 
 BITS_LR = 0.05
 """Learning rate of bit-widths where none is given: bits an optimizer step under Adam."""
+
+
+def check_rates(scale_lr: Any, bits_lr: Any) -> None:
+    """Raise `ValueError` for learning rates of what stages learn that are none."""
+    check("scale_lr", scale_lr, LearningRate | None)
+    check("bits_lr", bits_lr, LearningRate)
 
 
 class RobustQ:
@@ -118,12 +126,12 @@ class RobustQ:
         with_inputs = [name for name, site in own.items() if not float_input(config, site)]
         for what, patterns, names in (
             ("weights_only", config.weights_only, [site.name for site in self.sites]),
-            ("mixed", config.weights.mixed if config.weights else (), own),
-            ("mixed", config.activations.mixed if config.activations else (), with_inputs),
+            ("weights.mixed", config.weights.mixed if config.weights else (), own),
+            ("activations.mixed", config.activations.mixed if config.activations else (), with_inputs),
         ):
             for pattern in patterns:
                 if not any(fnmatchcase(name, pattern) for name in names):
-                    raise ValueError(f"{what}: pattern {pattern!r} matches no staged weight")
+                    raise ValueError(f"{what}: pattern {shown(pattern)} matches no staged weight")
 
     def _attach(self) -> None:
         shared: dict[int, dict[str, nn.Module] | nn.Sequential] = {}
@@ -153,9 +161,9 @@ class RobustQ:
                 acting = [site for site in self.sites if site.name not in self.edges]
                 reasons = {stage.refuses(site.module) or adapters.frozen(self) for site in acting}
                 reasons = reasons or {"a first or last layer"}
-                raise ValueError(
-                    f"{regularizer.method}: every weight it would act on is {' or '.join(sorted(reasons))}: "
-                    "let it act on some, or drop it"
+                raise OptionError(
+                    f"regularizers.{regularizer.method}",
+                    f"every weight it would act on is {' or '.join(sorted(reasons))}: let it act on some, or drop it",
                 )
 
     # ---- before training -------------------------------------------------------------------------
@@ -328,6 +336,7 @@ class RobustQ:
         """Groups of what the stages learn."""
         bits = {id(stage.beta) for stage in self.bits.stages().values()}
         own = self.own_parameters().values()
+        check_rates(scale_lr, bits_lr)
         rate = {} if scale_lr is None else {"lr": scale_lr}
         groups = [
             {"params": [p for p in own if id(p) not in bits], "weight_decay": 0.0, **rate},

@@ -13,6 +13,7 @@ from hf_robustq.calibrate import stages
 from hf_robustq.config import QuantizerConfig, RobustQConfig
 from hf_robustq.functional import Axis, channels_along
 from hf_robustq.grid import Grid
+from hf_robustq.options import under
 from hf_robustq.quantizers import QUANTIZERS, CallProbe, InputProbe, Oscillation, Quantizer, Role, WeightProbe
 from hf_robustq.regularizers import REGULARIZERS, Regularizer
 from hf_robustq.reparam import SatNL
@@ -42,7 +43,8 @@ def weight_stages(config: RobustQConfig, site: Site, edges: Collection[str]) -> 
         own["quantizer"] = _quantizer(config.weights, site, edges, axis, "weight")
         for stage in own.values():
             if isinstance(stage, Regularizer) and stage.works_with:
-                stage.bind(own["quantizer"])
+                with under("regularizers"):
+                    stage.bind(own["quantizer"])
         if config.oscillations != "ignore":
             freeze = config.freeze_above if config.oscillations == "freeze" else None
             own["oscillation"] = Oscillation(site.shape, freeze)

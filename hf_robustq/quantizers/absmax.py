@@ -21,7 +21,8 @@ class Absmax(VariableBits):
     """
 
     rules = {"weight": "absmax", "input": "absmax"}  # noqa: RUF012
-    narrow = True
+    narrow = only_narrow = True
+    roles = ("weight",)
     sign_bits, odd = 1, False
 
     def __init__(self, grid: Grid, channels: int = 1, role: Role = "weight") -> None:

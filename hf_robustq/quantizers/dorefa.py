@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_robustq.functional import fake_quantize, no_autocast, others, working_dtype
 from hf_robustq.grid import Grid
+from hf_robustq.options import Range, checked
 from hf_robustq.quantizers.quantizer import Role
 from hf_robustq.quantizers.variable_bits import VariableBits
 from hf_robustq.scales import Sample
@@ -34,12 +36,16 @@ class DoReFa(VariableBits):
     uniform = False
     sign_bits, odd = 0, True
 
+    @checked("dorefa")
     def __init__(
-        self, grid: Grid, channels: int = 1, role: Role = "weight", rescale: bool = False, clip: float = 1.0
+        self,
+        grid: Grid,
+        channels: int = 1,
+        role: Role = "weight",
+        rescale: bool = False,
+        clip: Annotated[float, Range(1e-6, 1e6)] = 1.0,
     ) -> None:
         super().__init__(grid, channels, role)
-        if not clip > 0:
-            raise ValueError(f"dorefa: clip must be positive, got {clip!r}")
         self.rescale, self.clip = rescale, clip
         self.register_buffer("scale", torch.ones(self.channels, dtype=torch.float32))
 

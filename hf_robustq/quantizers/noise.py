@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from hf_robustq.functional import Noise, fake_quantize
 from hf_robustq.grid import Grid
+from hf_robustq.options import Range, check_known, checked, under
 from hf_robustq.quantizers.lsq import LSQ
 from hf_robustq.quantizers.quantizer import Role
 from hf_robustq.schedules import SCHEDULES
@@ -32,28 +34,31 @@ class NoiseTempered(LSQ):
     and noise acts where this is the config's method.
     """
 
+    @checked("noise")
     def __init__(
         self,
         grid: Grid,
         channels: int = 1,
         role: Role = "weight",
-        c: float = 0.2,
-        k: float = 50.0,
+        c: Annotated[float, Range(0, 100)] = 0.2,
+        k: Annotated[float, Range(0, 1e6)] = 50.0,
         k_relative: bool = False,
         schedule: str = "constant",
         noise_lr_scale: bool = False,
     ) -> None:
         super().__init__(grid, channels, role)
-        if not (c >= 0 and k >= 0):
-            raise ValueError(f"noise: c and k must be 0 or more, got c={c!r}, k={k!r}")
-        if schedule not in SCHEDULES:
-            raise ValueError(f"noise: unknown schedule {schedule!r}: known: {', '.join(SCHEDULES)}")
         self.c, self.k, self.k_relative = c, k, k_relative
         self.schedule, self.noise_lr_scale = schedule, noise_lr_scale
         self.active = False
         self.register_buffer("temperature", torch.zeros((), dtype=torch.float32), persistent=False)
         self.register_buffer("decay", torch.zeros((), dtype=torch.float32), persistent=False)
         self.register_buffer("key", torch.zeros((), dtype=torch.long), persistent=False)
+
+    @staticmethod
+    def check_together(schedule: str = "constant", **_: Any) -> None:
+        """Raise `ValueError` for a schedule that is not known."""
+        with under("schedule"):
+            check_known([schedule], SCHEDULES, "schedule")
 
     def at(self, moment: Moment) -> None:
         temperature = self.c * SCHEDULES[self.schedule](moment.progress)

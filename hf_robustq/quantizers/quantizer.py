@@ -45,6 +45,10 @@ class Quantizer(Stage, ABC):
     """Whether it rounds x to multiples of `scale`."""
     narrow = False
     """Whether a weight's grid is the narrow one, where the config does not say."""
+    only_narrow = False
+    """Whether it cannot be another."""
+    roles: tuple[Role, ...] = ("weight", "input")
+    """What it can quantize."""
 
     scale: Tensor
     low: Tensor

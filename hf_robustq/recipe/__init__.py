@@ -1,6 +1,6 @@
 """What every recipe begins and ends with: presets under the flags, variants of one model, one report."""
 
-from hf_robustq.recipe.flags import last_checkpoint, no_bars_without_a_terminal, open_output, parse, read_config
+from hf_robustq.recipe.flags import last_checkpoint, no_bars_without_a_terminal, open_output, parse
 from hf_robustq.recipe.images import ImageArguments, ImageRun, image_task
 from hf_robustq.recipe.parsing import ParserArguments, ParserRun
 from hf_robustq.recipe.run import Run, RunArguments, fast_bf16, report
@@ -18,6 +18,5 @@ __all__ = [
     "no_bars_without_a_terminal",
     "open_output",
     "parse",
-    "read_config",
     "report",
 ]

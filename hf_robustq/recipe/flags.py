@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub.utils import disable_progress_bars
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.logging import disable_progress_bar
 
-from hf_robustq.config import check_known
+from hf_robustq.config import check_known, read_file
 
 
 def parse(
@@ -51,7 +50,7 @@ def parse(
         known = [path.stem.removeprefix(f"{prefix}_") for path in sorted(configs.glob(f"{prefix}_*.yaml"))]
         check_known([preset], known, "preset")
         file = configs / f"{prefix}_{preset}.yaml"
-    defaults = {key: value for key, value in read_config(file).items() if key != "recipe"}
+    defaults = {key: value for key, value in read_file(file).items() if key != "recipe"}
     fields = [f.name for kind in (arguments, TrainingArguments) for f in dataclasses.fields(kind) if f.init]
     check_known(defaults, fields, f"key in {file.name}")
     gpu = torch.accelerator.is_available()
@@ -60,19 +59,6 @@ def parse(
     recipe, args, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     check_known([word.removeprefix("--").partition("=")[0] for word in rest], fields, "flag")
     return recipe, args
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """A recipe's YAML. Raises `ValueError`, in one line, for a file that is none."""
-    if not file.is_file():
-        raise ValueError(f"{file} is not there: name a YAML file")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of a date, of too long a number
-        raise ValueError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds no keys: write `learning_rate: 0.01`, a flag a line")
-    return values
 
 
 def no_bars_without_a_terminal() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from hf_robustq.functional import (
     unflatten,
     working_dtype,
 )
+from hf_robustq.options import Range, checked
 from hf_robustq.regularizers.regularizer import Regularizer
 
 
@@ -54,10 +57,9 @@ class KURE(Regularizer):
     makes it ((N - 1) / N)^2 times this one.
     """
 
-    def __init__(self, target: float = 1.8) -> None:
+    @checked("kure")
+    def __init__(self, target: Annotated[float, Range(1, 1000), "(a kurtosis: uniform 1.8, normal 3)"] = 1.8) -> None:
         super().__init__()
-        if not target >= 1.0:
-            raise ValueError(f"kure: target is a kurtosis, at least 1 (uniform 1.8, normal 3), got {target!r}")
         self.target = target
 
     def penalty(self, w: Tensor, *theta: Tensor) -> Tensor:  # noqa: ARG002 (KURE learns nothing of its own)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_robustq.functional import flatten, memory_order, unflatten, working_dtype
+from hf_robustq.options import checked
 from hf_robustq.regularizers.regularizer import Regularizer
 
 CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -48,6 +49,7 @@ class SymReg(Regularizer):
     group = 1
     """Elements of a group from either end."""
 
+    @checked("symreg")
     def __init__(self, relative: bool = False, depthwise: bool = False) -> None:
         super().__init__()
         self.relative = relative

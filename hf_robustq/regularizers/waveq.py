@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hf_robustq.functional import chunks, flatten, fused, memory_order, unflatten, working_dtype
 from hf_robustq.grid import MIN_BITS
+from hf_robustq.options import OptionError, Range, checked
 from hf_robustq.regularizers.regularizer import Regularizer, add_gradient
 from hf_robustq.schedules import rise
 from hf_robustq.sharded import clamp_local
@@ -103,29 +104,18 @@ class WaveQ(Regularizer):
     unit: Tensor
     frozen: Tensor
 
+    @checked("waveq")
     def __init__(
         self,
         learn: bool = True,
-        variant: int = 1,
-        beta_strength: float = 0.05,
-        rise: float = 1 / 3,
-        fall: float = 0.75,
-        smoothness: float = 0.01,
-        snap: float = 1.0,
+        variant: Literal[0, 1, 2] = 1,
+        beta_strength: Annotated[float, Range(0, 1e6)] = 0.05,
+        rise: Annotated[float, Range(0, 1e12)] = 1 / 3,
+        fall: Annotated[float, Range(0, 1e12, above=True)] = 0.75,
+        smoothness: Annotated[float, Range(0, 1e12, above=True)] = 0.01,
+        snap: Annotated[float, Range(1e-6, 1e6)] = 1.0,
     ) -> None:
         super().__init__()
-        if variant not in (0, 1, 2):
-            raise ValueError(f"waveq: variant must be 0, 1 or 2, got {variant!r}")
-        if not 0 <= beta_strength < math.inf:
-            raise ValueError(f"waveq: beta_strength must be 0 or more, got {beta_strength!r}")
-        mixed = fall > 1 and 0 < rise < 1
-        if not 0 <= rise < fall < math.inf or fall == 1 or mixed or not smoothness > 0:
-            raise ValueError(
-                "waveq: phases are 0 <= rise < fall with smoothness > 0, all in shares of the training below 1 or all "
-                f"in optimizer steps, got rise={rise!r}, fall={fall!r}, smoothness={smoothness!r}"
-            )
-        if not 0 < snap < math.inf:
-            raise ValueError(f"waveq: snap must be positive, got {snap!r}")
         self.learn, self.variant, self.beta_strength, self.snap = learn, variant, beta_strength, snap
         self.rise, self.fall, self.smoothness = rise, fall, smoothness
         self.onset, self.odd, self.lowest = 0.0, False, 1
@@ -140,6 +130,16 @@ class WaveQ(Regularizer):
         self.register_buffer("unit", torch.zeros(()), persistent=False)
         self.register_buffer("frozen", torch.tensor(not learn))
 
+    @staticmethod
+    def check_together(rise: float = 1 / 3, fall: float = 0.75, **_: Any) -> None:
+        """Raise `ValueError` for phases in the wrong order, or in two units."""
+        if not rise < fall or fall == 1 or (fall > 1 and 0 < rise < 1):
+            raise OptionError(
+                "rise",
+                "phases are 0 <= rise < fall, both in shares of the training below 1 or both in optimizer steps, "
+                f"got rise={rise!r}, fall={fall!r}",
+            )
+
     @torch.no_grad()
     def bind(self, quantizer: Any) -> None:
         """Begin at the bits of the weight's quantizer. Raises `ValueError` where beta cannot."""
@@ -147,17 +147,18 @@ class WaveQ(Regularizer):
         beta = quantizer.grid.bits - quantizer.sign_bits
         self.odd, self.lowest = quantizer.odd, MIN_BITS - quantizer.sign_bits
         if self.stacked:
-            raise ValueError(f"waveq: works on weights with one step each: add experts to exclude: {quantizer.site}")
+            raise OptionError("waveq", f"works on weights with one step each: add experts to exclude: {quantizer.site}")
         if quantizer.grid.axis is not None:
-            raise ValueError("waveq: works on weights with one step each: remove per_channel from weights")
+            raise OptionError("waveq", "works on weights with one step each: remove per_channel from weights")
         if self.learn and not self.lowest <= beta <= HIGHEST:
             high = HIGHEST + quantizer.sign_bits
-            raise ValueError(
-                f"waveq: beta is learned within {self.lowest} to {HIGHEST} and would begin at {beta}: "
-                f"let weights begin at {MIN_BITS} to {high} bits"
+            raise OptionError(
+                "waveq",
+                f"beta is learned within {self.lowest} to {HIGHEST} and would begin at {beta}: "
+                f"let weights begin at {MIN_BITS} to {high} bits",
             )
         if self.odd and quantizer.grid.narrow:
-            raise ValueError("waveq: with dorefa the levels are those of a full grid: remove narrow from weights")
+            raise OptionError("waveq", "with dorefa the levels are those of a full grid: remove narrow from weights")
         self.beta.fill_(beta)
         self.fixed, self.learning = None if self.learn else beta, self.learn
         quantizer.varies = self.learn

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from hf_robustq.options import shown
 from hf_robustq.sites.adapters import ADAPTER, adapter_modules, inner, layers_of, plain_names
 from hf_robustq.sites.kinds import candidates_of, routers_of
 from hf_robustq.sites.site import LeftOut, Site
@@ -52,13 +53,15 @@ def find_sites(
             else:
                 candidates.append(site)
 
-    for what, patterns in (("", (*include, *exclude)), ("parameters: ", parameters)):
+    for what, patterns in (("include", include), ("exclude", exclude), ("parameters", parameters)):
         for pattern in patterns:
             if candidates and not any(fnmatchcase(site.name, pattern) for site in candidates):
                 if any(fnmatchcase(one.name, pattern) for one in left if one.reason == ADAPTER):
                     raise ValueError(f"pattern {pattern!r} matches weights of adapters only: adapters=True stages them")
                 examples = ", ".join(site.name for site in candidates[:3])
-                raise ValueError(f"{what}pattern {pattern!r} matches no weight; weights are named like {examples}")
+                raise ValueError(
+                    f"{what}: pattern {shown(pattern)} matches no weight; weights are named like {examples}"
+                )
 
     edges = edge_names(inner(model), [site for site in candidates if id(site.module) not in theirs])
     kept: list[Site] = []

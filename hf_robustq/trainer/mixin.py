@@ -18,21 +18,21 @@ from transformers import Trainer
 from transformers.trainer_utils import default_compute_objective
 
 from hf_robustq.card import write_card
-from hf_robustq.config import RobustQConfig, check_known
+from hf_robustq.config import RobustQConfig
 from hf_robustq.optim import ASAM, EMA
 from hf_robustq.optim.asam import UNDER_DEEPSPEED, check_optimizer
+from hf_robustq.options import check_mapping, check_options, under
 from hf_robustq.plugin import RobustQ
 from hf_robustq.plugin.adapters import load as load_stages
 from hf_robustq.plugin.adapters import save as save_stages
 from hf_robustq.plugin.publish import load_state, save_state
-from hf_robustq.plugin.robustq import BITS_LR
-from hf_robustq.schedules import LR_SCHEDULES
+from hf_robustq.plugin.robustq import BITS_LR, check_rates
 from hf_robustq.sweep import DEFAULT_SETTINGS, Setting, parse_settings
 from hf_robustq.trainer import checkpoints
 from hf_robustq.trainer.batches import calibration_batches, forward
 from hf_robustq.trainer.callback import RobustQCallback, several_gpus
 from hf_robustq.trainer.checkpoints import last_whole
-from hf_robustq.trainer.optimizer import check_section, group_apart, learning_rate_factor
+from hf_robustq.trainer.optimizer import check_section, checked_schedule, group_apart, learning_rate_factor
 from hf_robustq.trainer.record import Histograms, card_facts
 from hf_robustq.trainer.resume import check_config, own_names, readable
 from hf_robustq.trainer.secret import Secret
@@ -80,19 +80,17 @@ class RobustQMixin(_AnyTrainer):
         ema: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        for options, kind in ((asam, ASAM), (ema, EMA)):
-            known = [name for name in inspect.signature(kind).parameters if name not in ("model", "exclude")]
-            check_known(options or {}, known, f"option of {kind.__name__.lower()}")
+        for name, options, kind in (("asam", asam, ASAM), ("ema", ema, EMA)):
+            if options is not None:
+                with under(name):
+                    check_options(name, kind, check_mapping("", options))
+        check_rates(scale_lr, bits_lr)
         self.asam_options, self.ema_options = asam, ema
         self._sweep_options = dict(sweep_options or {})
         self._robustq_config = robustq.config if isinstance(robustq, RobustQ) else robustq
         given = robustq if isinstance(robustq, RobustQ) else None
         self.scale_lr, self.bits_lr = scale_lr, bits_lr
-        self.lr_schedule = dict(lr_schedule) if lr_schedule else None
-        if self.lr_schedule:
-            check_known([self.lr_schedule.get("name")], LR_SCHEDULES, "learning-rate schedule")  # type: ignore[list-item]
-            known = list(inspect.signature(LR_SCHEDULES[self.lr_schedule["name"]]).parameters)[2:]
-            check_known(self.lr_schedule.keys() - {"name"}, known, f"option of {self.lr_schedule['name']}")
+        self.lr_schedule = None if lr_schedule is None else checked_schedule(lr_schedule)
         settings = parse_settings(DEFAULT_SETTINGS if sweep is None else sweep)
         super().__init__(*args, **kwargs)
         if self.args.hub_token:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from hf_robustq.options import check_known, check_mapping, check_options, under
 from hf_robustq.schedules import LR_SCHEDULES
 
 
@@ -31,6 +32,19 @@ def check_section(optimizer: Mapping[str, Any] | None, apart: bool) -> None:
             "and have no learning rate of their own: take its `optimizer` section out (TrainingArguments' `optim` is "
             "sharded all the same), or set its weight_decay to 0, and leave scale_lr out and bits as they are"
         )
+
+
+def checked_schedule(schedule: Any) -> dict[str, Any] | None:
+    """`lr_schedule` as a dict, None for an empty one. Raises `ValueError` for a name or options not known."""
+    found = dict(check_mapping("lr_schedule", schedule))
+    if not found:
+        return None
+    with under("lr_schedule"):
+        options = {key: value for key, value in found.items() if key != "name"}
+        with under("name"):
+            check_known([found.get("name")], LR_SCHEDULES, "learning-rate schedule")
+        check_options(found["name"], LR_SCHEDULES[found["name"]], options)
+    return found
 
 
 def learning_rate_factor(
