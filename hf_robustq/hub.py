@@ -109,6 +109,7 @@ class RobustQHfQuantizer(FloatModel):
                 stage.get_buffer(name).zero_()
         new = self._check_complete(model, plugin)
         unfold(plugin, new)
+        plugin.check_finite()
         for name, parameter in model.named_parameters():
             check_finite(name, parameter)
         plugin.enable(True)

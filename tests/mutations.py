@@ -100,7 +100,11 @@ def damage(file: Path, argv: list[str], draw: random.Random) -> str:
             file.mkdir()
         else:
             file.write_bytes(mutated(before, draw))
-        named = ("",) if file.suffix == ".yaml" else (file.name, f"{file.parent} ")  # a wrong flag is named itself
+        named = (
+            ("",)
+            if file.suffix == ".yaml"
+            else (file.name, f"{file.parent} ", f"{file.parent},", f"{file.parent.name} has")
+        )  # a wrong flag is named itself
         return outcome(argv, named)
     finally:
         if file.is_dir():

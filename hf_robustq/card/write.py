@@ -157,7 +157,8 @@ def rewrite_card(folder: str | Path, sweeps: Sequence[Sweep], measured: Mapping[
     known |= {"size": Size.from_dict(known["size"]) if known.get("size") else None, **facts}
     for what, sweep in measured.items():
         if any(known["metric"] not in row.metrics for row in sweep.rows):
-            raise ValueError(f"{what} has not measured {known['metric']}, which the card is about: leave it out")
+            metric = known["metric"][:80]
+            raise ValueError(f"{what} has not measured {metric}, which the card is about ({file}): leave it out")
     return write_card(folder, sweeps=sweeps, measured=measured, **known)
 
 

@@ -51,7 +51,7 @@ def _line(error: Exception) -> str:
     """The first line of an error; of one that is no user's, its kind and the way to its traceback."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, (ValueError, OSError, RuntimeError, ImportError, FloatingPointError)):
-        return first or type(error).__name__
+        return first[:600] or type(error).__name__
     return f"{type(error).__name__}: {first[:300]} (--debug shows where)"
 
 

@@ -451,11 +451,16 @@ class RobustQ:
         for site in self.sites:
             for stage in (*site.weight_stages, *site.activation_stages):
                 try:
-                    for name, tensor in stage.state_dict(keep_vars=True).items():
-                        check_finite(name, tensor)
                     cast(Stage, stage).restored()
                 except ValueError as error:
                     raise ValueError(f"{site.name}: {error}") from None
+
+    def check_finite(self) -> None:
+        """Raise `ValueError`, with the weight's name, for a tensor of a stage that is not finite."""
+        for site in self.sites:
+            for stage in (*site.weight_stages, *site.activation_stages):
+                for name, tensor in stage.state_dict(keep_vars=True).items():
+                    check_finite(f"{site.name}: {name}", tensor)
 
     def check_initialized(self) -> None:
         """Raise `RuntimeError` where a quantizer has no steps yet."""

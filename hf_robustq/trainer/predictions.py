@@ -23,7 +23,7 @@ def predicted(
     `own`: the samples of this rank.
     """
     loss_only = trainer.compute_metrics is None or bool(trainer.args.prediction_loss_only)
-    loss, logits, labels = trainer.prediction_step(model, own_copy(inputs), loss_only, ignore_keys)
+    loss, logits, labels = trainer.prediction_step(model, own_copy(inputs), loss_only, ignore_keys=ignore_keys)
     accelerator = trainer.accelerator
     if labels is not None:
         labels = accelerator.pad_across_processes(labels, dim=1, pad_index=-100)
