@@ -109,11 +109,11 @@ class RobustQHfQuantizer(FloatModel):
                 stage.get_buffer(name).zero_()
         new = self._check_complete(model, plugin)
         unfold(plugin, new)
-        plugin.check_finite()
         for name, parameter in model.named_parameters():
             check_finite(name, parameter)
         plugin.enable(True)
         plugin.restored()
+        plugin.check_finite()
         products = self.quantization_config.products
         if products is not None and products.unstaged.keys() <= dict(model.named_parameters()).keys():
             plugin.know(products)  # of another class of model it would not be true

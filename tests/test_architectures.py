@@ -11,7 +11,8 @@ from tests.zoo import run
 RENAMED = [
     *("ViTForImageClassification", "DeiTForImageClassification", "Dinov2ForImageClassification"),
     *("IJepaForImageClassification", "ViTMSNForImageClassification", "BeitForImageClassification"),
-    *("MixtralForSequenceClassification", "Qwen3MoeForSequenceClassification"),
+    *("MixtralForSequenceClassification", "Qwen3MoeForSequenceClassification", "GteForSequenceClassification"),
+    *("JinaEmbeddingsV3ForSequenceClassification", "NomicBertForSequenceClassification"),
 ]
 
 

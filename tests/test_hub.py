@@ -181,6 +181,10 @@ def test_a_checkpoint_of_another_config_is_not_resumed(tmp_path):
     with pytest.raises(ValueError, match="is no folder"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "nothing"))
     bert().save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"has no trainer_state\.json, .* or load it as the model"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "plain"))
+    for file in ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        shutil.copy(tmp_path / "checkpoint-1" / file, tmp_path / "plain")
     with pytest.raises(ValueError, match="was written without RobustQ"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "plain"))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_robustq.functional import SMALLEST, along, autocast_dtype
 from hf_robustq.grid import Grid
 from hf_robustq.scales import SCALE_RULES, Sample
-from hf_robustq.sharded import assign, clamp_local, held, whole
+from hf_robustq.sharded import assign, clamp_local, whole
 from hf_robustq.stage import Stage
 
 LEARNED = "learned"
@@ -114,7 +114,7 @@ class Quantizer(Stage, ABC):
         self.grid = replace(self.grid, signed=low < 0, narrow=self.grid.narrow and low < 0)
         if (low, high) != (self.grid.low, self.grid.high):
             raise ValueError(f"levels {low:g}..{high:g} are not those of {self.grid.bits} bits")
-        if not bool((held(self.scale).isfinite() & (held(self.scale) > 0)).all()):
+        if not bool((self.scale.isfinite() & (self.scale > 0)).all()):
             raise ValueError("a step is not a positive number")
         self.project()
 

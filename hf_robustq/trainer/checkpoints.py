@@ -88,6 +88,8 @@ def check(checkpoint: Path) -> None:
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint} is no folder: name a checkpoint to resume from")
     if reason := damaged(checkpoint):
-        raise ValueError(f"{checkpoint} cannot be resumed from, {reason}: resume from the one before, or copy it again")
+        raise ValueError(
+            f"{checkpoint} cannot be resumed from, {reason}: resume from the one before, or load it as the model"
+        )
     if missing := lacking(checkpoint):
         logger.warning("%s lacks %s: they begin anew", checkpoint, ", ".join(missing))
