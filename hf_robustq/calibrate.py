@@ -169,12 +169,12 @@ def observe(
     return count
 
 
-def count_uses(sites: Sequence[Site], count: int, need_inputs: bool) -> None:
+def count_uses(sites: Sequence[Site], count: int, need_inputs: bool, idle: Sequence[str] = ()) -> None:
     """Write each weight's reads per forward, of `count` observed, into its probe.
 
-    Raises `ValueError` for weights that were never read and, with `need_inputs`, for inputs never seen: of all of them
-    at once, with the lines of the config that would help. Experts in a list that nothing was routed to count as read
-    once, where their inputs are not needed.
+    Raises `ValueError` for weights that were never read, for the `idle` ones, which reach no matrix product, and, with
+    `need_inputs`, for inputs never seen: of all of them at once, with the lines of the config that would help. Experts
+    in a list that nothing was routed to count as read once, where their inputs are not needed.
     """
     unread = [site.name for site in sites if weight_probe(site).calls == 0]
     unrouted = [name for name in unread if "experts" in name.split(".")]
@@ -185,6 +185,8 @@ def count_uses(sites: Sequence[Site], count: int, need_inputs: bool) -> None:
     problems = []
     if unused:
         problems.append(f"these weights are never used in forward, exclude: {json.dumps(unused)}")
+    if idle := [name for name in idle if name not in unread]:
+        problems.append(f"these parameters reach no matrix product, exclude: {json.dumps(idle)}")
     if apart := [name for name in unseen if name in unrouted or probes[name].calls]:
         problems.append(
             "no calibration sample reaches these layers: raise calibration_samples, or leave their inputs in float, "

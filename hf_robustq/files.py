@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Of the JSON files here."""
@@ -80,7 +83,7 @@ def _code(text: str) -> int | None:
 def locked(path: str | Path, wait: float = 60) -> Iterator[None]:
     """Only one process at a time; the system opens the lock of one that ended. Its file, `.NAME.lock`, stays.
 
-    Raises `ValueError` after `wait` seconds. A file system without locks has none.
+    Raises `ValueError` after `wait` seconds. On a file system without locks a warning says that there is none.
     """
     from filelock import FileLock, Timeout
 
@@ -93,6 +96,7 @@ def locked(path: str | Path, wait: float = 60) -> Iterator[None]:
         except Timeout:
             raise ValueError(f"another command writes {path}: wait for it, or name another --out") from None
         except NotImplementedError:
+            logger.warning("%s is on a file system without locks: let one command at a time write to it", path.parent)
             lock = None
     try:
         yield

@@ -464,3 +464,21 @@ def test_a_linear_layer_of_somebody_elses_own_is_staged():
     assert [site.name for site in plugin.sites] == ["1.weight"]
     assert [(one.name, one.reason) for one in plugin.float_inputs] == [("1.weight", "its module is no known layer")]
     assert all(row.unique().numel() <= 7 for row in model[1].weight)
+
+
+def test_a_table_or_norm_that_only_is_called_a_weight_is_refused_with_the_line_that_helps():
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(2, 3) + 0.5)
+
+        def forward(self, x):
+            return (x.view(-1, 2, 3) * self.weight).flatten(1)
+
+    config, x = {"weights": {"bits": 4}, "first_last": "same"}, torch.randn(5, 6)
+    with pytest.raises(ValueError, match=r'reach no matrix product, exclude: \["1\.weight"\]$'):
+        RobustQ(nn.Sequential(nn.Linear(6, 6), Heads()), config).calibrate([x], lambda model, batch: model(batch))
+    for more in ({"exclude": ["1.weight"]}, {"parameters": ["1.weight"]}):  # or asked for by name
+        plugin = RobustQ(nn.Sequential(nn.Linear(6, 6), Heads()), {**config, **more})
+        plugin.calibrate([x], lambda model, batch: model(batch))
+        assert len(plugin.sites) == 1 + ("parameters" in more)

@@ -79,6 +79,27 @@ def test_a_broken_checkpoint_that_is_named_is_refused_in_a_line(copied, name):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["LayerNorm.bias", "quantizer.scale"])
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(copied, name):
+    folder, _ = copied
+    file = folder / "checkpoint-4" / "model.safetensors"
+    state = load_file(file)
+    key = next(key for key in sorted(state) if key.endswith(name))
+    del state[key]
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="1 weights of the model are missing") as error:
+        trainer(folder).train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert key in str(error.value)
+
+
+def test_averages_beside_no_weights_are_no_checkpoint(tmp_path, caplog):
+    trainer(tmp_path, ema={"decay": 0.5}).train()
+    (tmp_path / "checkpoint-6" / "model.safetensors").unlink()
+    again = trainer(tmp_path, ema={"decay": 0.5})
+    again.train(resume_from_checkpoint=True)
+    assert "checkpoint-6 is not whole and passed over: it has no weights" in caplog.text
+
+
 @pytest.mark.parametrize("name", LACKING)
 def test_what_begins_anew_is_said(copied, caplog, name):
     folder, _ = copied

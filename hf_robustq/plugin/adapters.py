@@ -117,3 +117,4 @@ def load(plugin: RobustQ, folder: str | Path) -> None:
         for name, tensor in own.items():
             assign(tensor, tensors.get_tensor(name))
     plugin.restored()
+    plugin.check_finite()

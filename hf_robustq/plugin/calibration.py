@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from hf_robustq.calibrate import Forward
 from hf_robustq.plugin.publish import saturated
 from hf_robustq.products import ENOUGH, Products, ProductWatch
 from hf_robustq.sharded import is_sharded, settle
+from hf_robustq.sites import RAW
 
 if TYPE_CHECKING:
     from hf_robustq.plugin.robustq import RobustQ
@@ -53,9 +55,17 @@ class Calibration:
         model, sites = self.plugin.model, self.plugin.sites
         count = calibrate.observe(model, sites, batches, forward, watch)
         settle(model)
-        calibrate.count_uses(sites, count, need_inputs)
+        idle = [] if watch is None else self._no_products(watch)
+        calibrate.count_uses(sites, count, need_inputs, idle)
         if watch is not None:
             self.plugin.know(Products.of(model, sites, watch.names))
+
+    def _no_products(self, watch: ProductWatch) -> list[str]:
+        """Weights that were staged for their names only, and are multiplied by nothing: a norm's, or a table."""
+        config, named = self.plugin.config, self.plugin.model.named_parameters(remove_duplicate=False)
+        multiplied = {id(parameter) for name, parameter in named if name in watch.names}
+        found = [s for s in self.plugin.sites if s.float_input == RAW and id(s.parameter) not in multiplied]
+        return [s.name for s in found if not any(fnmatchcase(s.name, pattern) for pattern in config.parameters)]
 
     def initialize(self) -> None:
         """Set the steps that are not set yet, each by the rule of its config."""

@@ -3,10 +3,11 @@
 from hf_robustq.sites.adapters import follow_adapters, has_adapters, inner, plain_names
 from hf_robustq.sites.attach import attach, bake, detach, staged_class
 from hf_robustq.sites.find import find_sites, refuse_wrapped
-from hf_robustq.sites.kinds import RECURRENT
+from hf_robustq.sites.kinds import RAW, RECURRENT
 from hf_robustq.sites.site import LeftOut, Site
 
 __all__ = [
+    "RAW",
     "RECURRENT",
     "LeftOut",
     "Site",

@@ -27,7 +27,8 @@ def damaged(checkpoint: Path) -> str:
     """What is wrong with a checkpoint that cannot be read, with the file's name; empty where nothing is."""
     if not (checkpoint / LAST).is_file():
         return f"it has no {LAST}, which is written last"
-    if not any(any(checkpoint.glob(pattern)) for pattern in WEIGHTS):
+    weights = [path for pattern in WEIGHTS for path in checkpoint.glob(pattern)]
+    if not any(not path.name.startswith("robustq_") for path in weights):  # these lie beside the weights
         return "it has no weights in safetensors"
     for file in sorted(checkpoint.iterdir()):
         if reason := _damage(file):

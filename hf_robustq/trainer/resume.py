@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,13 +81,28 @@ def by_own_names(checkpoint: Path, model: Any) -> dict[str, Tensor] | None:
     """
     files = sorted(checkpoint.glob("model*.safetensors"))
     names = {name for file in files for name in _names(file)}
+    if not files:
+        return None  # FSDP's, DeepSpeed's, or an adapter's
     if not hasattr(type(model), "from_pretrained") or names <= model.state_dict().keys():
+        _check_missing(checkpoint, _missing(names, model))
         return None
     loaded, info = type(model).from_pretrained(checkpoint, output_loading_info=True)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{checkpoint}: {len(missing)} weights of the model are missing, {missing[0]} among them")
+    _check_missing(checkpoint, sorted(info["missing_keys"]))
     with RobustQ.of(loaded).published():
         return {name: tensor.detach().clone() for name, tensor in loaded.state_dict().items()}
+
+
+def _missing(names: set[str], model: Any) -> list[str]:
+    """What a model has and a file with these names lacks; of tensors that are tied a file has one."""
+    state, ignored = model.state_dict(), getattr(model, "_keys_to_ignore_on_save", None) or ()
+    there = {state[name].data_ptr() for name in names & state.keys()}
+    missing = [name for name in state.keys() - names if state[name].numel() and state[name].data_ptr() not in there]
+    return sorted(name for name in missing if not any(re.search(pattern, name) for pattern in ignored))
+
+
+def _check_missing(checkpoint: Path, missing: list[str]) -> None:
+    if missing:
+        raise ValueError(f"{checkpoint}: {len(missing)} weights of the model are missing, {missing[0]} among them")
 
 
 def _names(file: Path) -> list[str]:
