@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
+from hf_robustq.files import read_json, read_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def damaged(checkpoint: Path) -> str:
         if reason := _damage(file):
             return f"{file.name} is {reason}"
     index = checkpoint / "model.safetensors.index.json"
-    shards = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values() if index.is_file() else ()
+    shards = read_mapping(index).get("weight_map", {}).values() if index.is_file() else ()
     missing = sorted({shard for shard in shards if not (checkpoint / shard).is_file()})
     return f"{missing[0]} is missing" if missing else ""
 
@@ -42,15 +43,14 @@ def damaged(checkpoint: Path) -> str:
 def _damage(file: Path) -> str:
     try:
         if file.suffix == ".json":
-            if not isinstance(json.loads(file.read_text(encoding="utf-8")), dict | list):
-                return "no mapping"
+            read_json(file)
         elif file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
                 pass
         elif file.suffix in (".pt", ".pth", ".bin") and file.is_file() and not zipfile.is_zipfile(file):
             return "cut short or damaged"
     except (ValueError, SafetensorError, OSError) as error:
-        return f"cut short or damaged ({str(error)[:80]})"
+        return f"cut short or damaged ({str(error).removeprefix(f'{file} is ')[:80]})"
     return ""
 
 
